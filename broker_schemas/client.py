@@ -1,0 +1,154 @@
+"""The library doors: push rollouts from any sampler, iterate packs in any training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from broker_schemas.broker import Broker
+from broker_schemas.codec import MAX_RECORD_BYTES
+from broker_schemas.errors import BrokerFull, DeadlinePassed
+from broker_schemas.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.packs import ReadyPack
+from broker_schemas.payloads import fetch_segments
+from broker_schemas.policy import read_policy
+from broker_schemas.records import MatchedSegment, SegmentRecord
+
+PushStatus = Literal["ok", "duplicate", "late", "too_large", "bad_id"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkSettings:
+    """``max_bytes`` is the byte budget of the run, ``dedup_window`` how many ids are surely recognised."""
+
+    max_bytes: int = 1 << 30
+    dedup_window: int = 16_384
+    max_record_bytes: int = MAX_RECORD_BYTES
+
+
+class SegmentSink:
+    """Pushes rollouts, each effective once; waits while the broker is full [Q-4, Q-12]."""
+
+    def __init__(self, broker: Broker, settings: SinkSettings | None = None) -> None:
+        self._broker = broker
+        self._settings = settings or SinkSettings()
+
+    def push(self, records: Sequence[SegmentRecord]) -> list[PushStatus]:
+        """Push ``records`` in one transition and return a status for each, in order.
+
+        Raises BrokerFull, with nothing pushed, when they do not fit the byte budget.
+        """
+        if not records:
+            return []
+        settings = self._settings
+        arguments: list[str | int | bytes] = [
+            settings.max_bytes,
+            settings.dedup_window,
+            settings.max_record_bytes,
+            len(records),
+        ]
+        for record in records:
+            arguments += [
+                record.record_id,
+                record.policy_version,
+                record.request_id,
+                segment_info(record),
+                record.encode_body(),
+            ]
+        reply = self._broker.run("push_segments", ["segments", "seen:now", "seen:before"], arguments)
+        if reply[0] == b"full":
+            raise BrokerFull(
+                f"pushing {len(records)} rollouts: got {reply[1]} bytes in use of {settings.max_bytes}, "
+                "expected room; wait for the learner, or raise broker.max_bytes"
+            )
+        return [status.decode() for status in reply]
+
+    def push_when_room(self, records: Sequence[SegmentRecord], *, deadline_s: float) -> list[PushStatus]:
+        """Push as soon as the byte budget allows; raises DeadlinePassed after ``deadline_s``."""
+        give_up_at = time.monotonic() + deadline_s
+        pause_s = 0.05
+        while True:
+            try:
+                return self.push(records)
+            except BrokerFull as exc:
+                if time.monotonic() + pause_s > give_up_at:
+                    raise DeadlinePassed(f"broker full for {deadline_s:g} s: {exc}") from exc
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
+
+
+def segment_info(record: SegmentRecord) -> str:
+    """Return the line by which the log describes a rollout: see ``push_segments.lua``."""
+    num_tokens = len(record.prompt_token_ids) + len(record.response_token_ids)
+    fields = (
+        num_tokens,
+        record.task,
+        record.sample_id,
+        record.generated_at_ms,
+        record.purpose,
+        record.optimizer_step,
+    )
+    return "\t".join(" ".join(str(item).split()) for item in fields)
+
+
+@dataclass
+class PackFeed:
+    """Iterates packs of one rank in any training loop: claims, yields, and settles on request.
+
+    Each item is (pack, its segments in order). ``packs_per_step`` packs make one optimizer step;
+    ``settle(optimizer_steps)`` says that a checkpoint covers them.
+    """
+
+    broker: Broker
+    packs_per_step: int = 1
+    world_size: int = 1
+    rank: int = 0
+    first_optimizer_step: int = 0
+    version_window: int = 2
+    deadline_s: float = 60.0
+    poll_s: float = 0.05
+    optimizer_step: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.optimizer_step = self.first_optimizer_step
+
+    def __iter__(self) -> Iterator[tuple[ReadyPack, list[MatchedSegment]]]:
+        while True:
+            yield from self.next_step()
+
+    def next_step(self) -> list[tuple[ReadyPack, list[MatchedSegment]]]:
+        """Return this rank's packs of the next optimizer step; raises DeadlinePassed."""
+        policy = read_policy(self.broker)
+        door = LearnerDoor(
+            self.broker,
+            ClaimSettings(
+                world_size=self.world_size,
+                packs_per_rank=self.packs_per_step,
+                version_window=self.version_window,
+                mode="wait",
+            ),
+        )
+        give_up_at = time.monotonic() + self.deadline_s
+        while True:
+            claim = door.claim_step(
+                optimizer_step=self.optimizer_step,
+                scheduled_kind="B",
+                policy_version=policy.policy_version if policy else 0,
+            )
+            if claim is not None:
+                break
+            if time.monotonic() > give_up_at:
+                raise DeadlinePassed(
+                    f"optimizer step {self.optimizer_step}: no packs in {self.deadline_s:g} s"
+                )
+            time.sleep(self.poll_s)
+        self.optimizer_step += 1
+        return [(pack, fetch_segments(self.broker, pack.segment_ids)) for pack in claim.packs[self.rank]]
+
+    def settle(self, optimizer_steps: int) -> None:
+        """Free the packs of the first ``optimizer_steps`` steps: a checkpoint covers them."""
+        LearnerDoor(self.broker, ClaimSettings(world_size=self.world_size)).settle_checkpoint(
+            optimizer_step=optimizer_steps
+        )

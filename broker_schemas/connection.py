@@ -1,0 +1,115 @@
+"""Opens the broker and turns redis-py's errors into ours; the only place that knows both trees."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused, BrokerUnavailable
+
+LOWEST_SERVER: Final = (6, 2, 0)
+_PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerAddress:
+    """Where the broker is and how to speak to it. ``password`` never prints."""
+
+    url: str
+    username: str | None = None
+    password: str | None = None
+    ca_file: str | None = None
+    retries: int = 6
+
+    def __repr__(self) -> str:
+        return f"BrokerAddress({self.shown})"
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password."""
+        return _PASSWORD.sub("***", self.url)
+
+
+def open_redis(address: BrokerAddress, *, socket_timeout_s: float = 30.0) -> redis.Redis:
+    """Return a client that retries lost connections with backoff (50 ms to 3 s, ``retries`` times).
+
+    Nothing is sent yet. Raises BrokerRefused for a URL that is none.
+    """
+    options: dict[str, object] = {
+        "socket_timeout": socket_timeout_s,
+        "socket_connect_timeout": 5.0,
+        "retry": Retry(ExponentialBackoff(cap=3.0, base=0.05), address.retries),
+        "retry_on_error": [redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError],
+        "health_check_interval": 30,
+    }
+    if address.username is not None:
+        options["username"] = address.username
+    if address.password is not None:
+        options["password"] = address.password
+    if address.ca_file is not None:
+        options["ssl_ca_certs"] = address.ca_file
+    try:
+        return redis.Redis.from_url(address.url, **options)
+    except ValueError as exc:
+        raise BrokerRefused(
+            f"broker {address.shown}: not a broker URL ({exc}); use redis://host:port/0, rediss:// or unix://path"
+        ) from exc
+
+
+@contextmanager
+def broker_errors(doing: str) -> Iterator[None]:
+    """Map every error of redis-py to ours, most specific first; ``doing`` names the call in the message."""
+    try:
+        yield
+    except redis.exceptions.OutOfMemoryError as exc:
+        raise BrokerFull(
+            f"{doing}: the server is out of memory ({exc}); raise maxmemory or free a run"
+        ) from exc
+    except (
+        redis.exceptions.AuthenticationError,
+        redis.exceptions.AuthenticationWrongNumberOfArgsError,
+    ) as exc:
+        raise BrokerRefused(
+            f"{doing}: the broker refuses our password ({exc}); set the one it expects in the environment"
+        ) from exc
+    except redis.exceptions.NoPermissionError as exc:
+        raise BrokerRefused(f"{doing}: this user may not do that ({exc}); check the ACL file") from exc
+    except redis.exceptions.BusyLoadingError as exc:
+        raise BrokerUnavailable(f"{doing}: the broker is still loading its data ({exc})") from exc
+    except redis.exceptions.TimeoutError as exc:
+        raise BrokerUnavailable(f"{doing}: no answer in time ({exc})") from exc
+    except redis.exceptions.ConnectionError as exc:
+        raise BrokerUnavailable(f"{doing}: no connection ({exc})") from exc
+    except redis.exceptions.ResponseError as exc:
+        raise _from_response(doing, exc) from exc
+    except redis.exceptions.RedisError as exc:
+        raise BrokerError(f"{doing}: {type(exc).__name__}: {exc}") from exc
+
+
+def _from_response(doing: str, exc: redis.exceptions.ResponseError) -> BrokerError:
+    text = str(exc)
+    if "NOAUTH" in text or "WRONGPASS" in text or "Authentication required" in text:
+        return BrokerRefused(f"{doing}: the broker wants a password ({text}); set it in the environment")
+    if "OOM" in text:
+        return BrokerFull(f"{doing}: the server is out of memory ({text}); raise maxmemory or free a run")
+    if "NOPERM" in text:
+        return BrokerRefused(f"{doing}: this user may not do that ({text}); check the ACL file")
+    return BrokerError(f"{doing}: the broker answers {text}")
+
+
+def check_server(client: redis.Redis, address: BrokerAddress) -> str:
+    """Return the server's version; raises BrokerRefused below Redis 6.2, BrokerUnavailable when silent."""
+    with broker_errors(f"connecting to {address.shown}"):
+        info = client.info("server")
+    text = str(info.get("valkey_version") or info.get("redis_version", "0"))
+    found = tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+    if found < LOWEST_SERVER:
+        raise BrokerRefused(f"broker {address.shown}: got Redis {text}, expected 6.2 or newer, or Valkey")
+    return text

@@ -1,0 +1,85 @@
+"""Every error that rollstream raises on purpose.
+
+The first level says what a loop does with it::
+
+    RollstreamError
+    ├── RecordError            reject the record, count it, go on
+    │   ├── MalformedRecord        bytes that are no record of ours, or content that cannot be
+    │   ├── SchemaTooNew           written by a newer rollstream than this one
+    │   └── RecordTooLarge         over the size limit; never decoded
+    ├── BrokerError            back off and retry
+    │   ├── BrokerUnavailable      no connection, timeout, still loading
+    │   ├── BrokerFull             the run's byte budget or the server's memory is used up
+    │   └── BrokerRefused          wrong password, missing right, not a Redis we can use: do not retry
+    ├── ConfigError            stop before anything is started
+    ├── DataError              stop before training: the data set breaks its format
+    └── RunStopped             leave together: a deadline passed or a role gave up
+        ├── DeadlinePassed         a wait outlasted its deadline
+        └── NonFiniteLoss          a loss is not a number; names the segment
+"""
+
+from __future__ import annotations
+
+
+class RollstreamError(Exception):
+    """Root of the tree above."""
+
+
+class RecordError(RollstreamError):
+    """A record that must be rejected with a reason."""
+
+    reason = "record_error"
+
+
+class MalformedRecord(RecordError):
+    """Bytes or content that no producer of ours would write."""
+
+    reason = "malformed"
+
+
+class SchemaTooNew(RecordError):
+    """A record of a schema version above the one this program knows."""
+
+    reason = "schema_too_new"
+
+
+class RecordTooLarge(RecordError):
+    """A record above the size limit, refused before it is decoded."""
+
+    reason = "too_large"
+
+
+class BrokerError(RollstreamError):
+    """The broker did not do what was asked; nothing was changed."""
+
+
+class BrokerUnavailable(BrokerError):
+    """The broker cannot be reached or does not answer in time."""
+
+
+class BrokerFull(BrokerError):
+    """The byte budget of the run, or the memory of the server, is used up."""
+
+
+class BrokerRefused(BrokerError):
+    """The broker answers and says no: a retry would not help."""
+
+
+class ConfigError(RollstreamError):
+    """A configuration that cannot run; the message lists every problem."""
+
+
+class DataError(RollstreamError):
+    """A data set that breaks its format; the message names file, line and field."""
+
+
+class RunStopped(RollstreamError):
+    """The run cannot go on; every rank leaves with this reason."""
+
+
+class DeadlinePassed(RunStopped):
+    """A wait outlasted its deadline."""
+
+
+class NonFiniteLoss(RunStopped):
+    """A loss is infinite or not a number."""

@@ -1,0 +1,12 @@
+-- Notes how far the archive has come and trims the log behind it.
+-- KEYS[3]  archive  hash  cursor
+-- ARGV[2]  id of the last event that is safe on disk, with its payloads
+-- ARGV[3]  events to keep for readers that look back
+-- Reply: 1
+redis.call('HSET', KEYS[3], 'cursor', ARGV[2])
+local surplus = redis.call('XLEN', EVENTS) - tonumber(ARGV[3])
+if surplus > 0 then
+  local safe = redis.call('XRANGE', EVENTS, '-', ARGV[2], 'COUNT', surplus)
+  if #safe > 0 then redis.call('XTRIM', EVENTS, 'MINID', safe[#safe][1]) end
+end
+return 1

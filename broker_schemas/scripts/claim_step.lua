@@ -1,0 +1,76 @@
+-- Decides an optimizer step once and for ever: B with exactly its packs for every rank, or A, or not yet.
+-- KEYS[3]  claims        zset  open claims: optimizer step -> optimizer step
+-- KEYS[4]  claim:<step>  hash  kind, reason, policy_version, short, num_segments, event, p:<rank>:<i> pack body, ids:<rank>:<i> its segments
+-- KEYS[5]  sealed        hash  as in commit_pack
+-- ARGV[2]  optimizer step
+-- ARGV[3]  kind by the schedule, A or B
+-- ARGV[4]  learner world size
+-- ARGV[5]  packs a rank needs; unused in mode sealed
+-- ARGV[6]  oldest policy version that may be trained on: older packs are dropped on all ranks first
+-- ARGV[7]  current policy version
+-- ARGV[8]  mode: fallback (short queue: A), wait (short queue: ask again), sealed (the packs of this step, when complete)
+-- Reply: the fields of the claim; {} for not yet; {"settled"} for a step a checkpoint has covered already.
+local step, world, wanted = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local oldest, mode = tonumber(ARGV[6]), ARGV[8]
+local known = redis.call('HGETALL', KEYS[4])
+if #known > 0 then return known end
+if step < tonumber(redis.call('HGET', COUNTERS, 'settled_steps') or '0') then return {'settled'} end
+
+local function ready_key(rank) return PREFIX .. 'ready:' .. rank end
+
+local function drop_stale()
+  for rank = 0, world - 1 do
+    for _, entry in ipairs(redis.call('XRANGE', ready_key(rank), '-', '+')) do
+      local pack = fields_of(entry)
+      if tonumber(pack['version']) < oldest then
+        redis.call('XDEL', ready_key(rank), entry[1])
+        drop_segments(pack['ids'], 'stale', 'claim')
+      end
+    end
+  end
+end
+
+local function short_ranks()
+  local short = {}
+  for rank = 0, world - 1 do
+    if redis.call('XLEN', ready_key(rank)) < wanted then short[#short + 1] = rank end
+  end
+  return short
+end
+
+local function decide(kind, reason, short, take)
+  local lines, segments = {}, 0
+  for rank = 0, world - 1 do
+    local entries = take ~= 0 and redis.call('XRANGE', ready_key(rank), '-', '+', 'COUNT', take) or {}
+    for i, entry in ipairs(entries) do
+      local pack = fields_of(entry)
+      redis.call('XDEL', ready_key(rank), entry[1])
+      redis.call('HSET', KEYS[4], 'p:' .. rank .. ':' .. (i - 1), pack['pack'],
+        'ids:' .. rank .. ':' .. (i - 1), pack['ids'])
+      lines[#lines + 1] = rank .. '\t' .. pack['id'] .. '\t' .. pack['version'] .. '\t' .. pack['ids']
+      local _, gaps = string.gsub(pack['ids'], ' ', '')
+      segments = segments + gaps + 1
+    end
+  end
+  local event = emit('claimed', 'optimizer_step', step, 'kind', kind, 'reason', reason,
+    'policy_version', ARGV[7], 'short', short, 'packs', table.concat(lines, '\n'))
+  redis.call('HSET', KEYS[4], 'kind', kind, 'reason', reason, 'policy_version', ARGV[7], 'short', short,
+    'num_segments', segments, 'event', event)
+  redis.call('ZADD', KEYS[3], step, step)
+  count('steps:' .. kind, 1)
+  count('claims:' .. reason, 1)
+  count('claimed_segments', segments)
+  return redis.call('HGETALL', KEYS[4])
+end
+
+if ARGV[3] == 'A' then return decide('A', 'schedule', '', 0) end
+if mode == 'sealed' then
+  if redis.call('HEXISTS', KEYS[5], step) == 0 then return {} end
+  redis.call('HDEL', KEYS[5], step)
+  return decide('B', 'claimed', '', 1000000)
+end
+drop_stale()
+local short = short_ranks()
+if #short == 0 then return decide('B', 'claimed', '', wanted) end
+if mode == 'wait' then return {} end
+return decide('A', 'queue_short', table.concat(short, ' '), 0)

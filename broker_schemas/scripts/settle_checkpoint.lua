@@ -1,0 +1,36 @@
+-- Frees what a checkpoint covers: claims of earlier steps and the payloads of their packs.
+-- KEYS[3]  claims   zset  as in claim_step
+-- KEYS[4]  archive  hash  cursor: id of the last event that is archived with its payloads
+-- ARGV[2]  optimizer steps the checkpoint covers: all below this number
+-- ARGV[3]  1: only what the archive has passed already
+-- ARGV[4]  claims to free in one call
+-- Reply: {freed now, still to free}
+local upto, freed, ids, last = tonumber(ARGV[2]), 0, {}, nil
+
+local function later(left, right)
+  local a, b = string.match(left, '^(%d+)-(%d+)$')
+  local c, d = string.match(right, '^(%d+)-(%d+)$')
+  if a == c then return tonumber(b) > tonumber(d) end
+  return tonumber(a) > tonumber(c)
+end
+
+local cursor = redis.call('HGET', KEYS[4], 'cursor') or '0-0'
+local steps = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', '(' .. upto, 'LIMIT', 0, tonumber(ARGV[4]))
+for _, step in ipairs(steps) do
+  local key = PREFIX .. 'claim:' .. step
+  if ARGV[3] == '1' and later(redis.call('HGET', key, 'event'), cursor) then break end
+  local claim = redis.call('HGETALL', key)
+  for i = 1, #claim, 2 do
+    if string.sub(claim[i], 1, 4) == 'ids:' then ids[#ids + 1] = claim[i + 1] end
+  end
+  redis.call('DEL', key)
+  redis.call('ZREM', KEYS[3], step)
+  freed, last = freed + 1, step
+end
+if freed > 0 then
+  local num = free_payloads(table.concat(ids, ' '))
+  redis.call('HSET', COUNTERS, 'settled_steps', last + 1)
+  emit('settled', 'optimizer_steps', last + 1, 'num_segments', num)
+  count('settled_segments', num)
+end
+return {freed, redis.call('ZCOUNT', KEYS[3], '-inf', '(' .. upto)}
