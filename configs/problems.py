@@ -1,0 +1,71 @@
+"""One problem of a configuration and the report of all of them; knows nothing of YAML or of the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a value was written: a file and its line (from 1), or the command line (`line` is 0)."""
+
+    file: str
+    line: int
+    text: str | None = None
+
+    def __str__(self) -> str:
+        """`file:line`, or the bare name when there is no line."""
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong; `paths` are the keys it is about, the first one leads."""
+
+    message: str
+    paths: tuple[KeyPath, ...] = ()
+    source: Source | None = None
+
+
+class ProblemsFound(Exception):
+    """Carries problems out of a reader that cannot go on; never leaves this package."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__(f"{len(problems)} problems")
+        self.problems = tuple(problems)
+
+
+def dotted(path: KeyPath) -> str:
+    """`("a", "b", 0, "c")` as `a.b[0].c`; the empty path is the empty string."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part}" if text else part
+    return text
+
+
+def render(file: str, problems: Iterable[Problem]) -> str:
+    """One report: a headline, then one line per problem in the order of file and line."""
+    lines = problem_lines(file, problems)
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return "\n".join([f"{file}: {count}", *(f"  {line}" for line in lines)])
+
+
+def problem_lines(file: str, problems: Iterable[Problem]) -> list[str]:
+    """The problems as text, those of `file` first, each led by where it was written and its key path."""
+
+    def order(problem: Problem) -> tuple[bool, str, int, str]:
+        source = problem.source or Source(file=file, line=0)
+        return (source.file != file, source.file, source.line, problem.message)
+
+    lines = []
+    for problem in sorted(problems, key=order):
+        where = str(problem.source) if problem.source else file
+        key = f"{dotted(problem.paths[0])}: " if problem.paths else ""
+        lines.append(f"{where}: {key}{problem.message}")
+    return lines

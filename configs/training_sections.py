@@ -1,0 +1,104 @@
+"""Sections of the learner: `training`, `stage2_ab` and `stage2_async`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.section import Count, CountOrZero, Positive, Ratio, Section, Share, Weight
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class EarlyStopSection(Section):
+    """Stops training at an evaluation; off unless `target` or `patience` is set."""
+
+    metric: Literal["f1"] = "f1"
+    """Validation number that is watched."""
+    target: Share | None = None
+    """Stop once the number reaches this; null = no target."""
+    patience: Count | None = None
+    """Stop after this many evaluations without a better number; null = never."""
+
+
+class TrainingSection(Section):
+    """Batch contract, packing, optimizer, checkpoints and evaluation."""
+
+    effective_batch_size: Count
+    """Raw rollouts (or ground-truth samples) per optimizer step over all ranks."""
+    per_device_train_batch_size: Count = 1
+    """Raw rollouts per rank and micro-step."""
+    gradient_accumulation_steps: Count | None = None
+    """GA; null = effective_batch_size / (per_device_train_batch_size x W), which it must equal if given."""
+    global_max_length: Annotated[int, Field(ge=16)]
+    """The packing length: most tokens in one packed row, hence in one segment."""
+    packing: bool = True
+    """Pack segments into rows without padding; must be true."""
+    packing_buffer: Count = 512
+    """Most segments waiting to be packed."""
+    packing_min_fill_ratio: Share = 0.65
+    """A pack filled less than this is warned about; 0 = never."""
+    packing_drop_last: bool = True
+    """Leftover segments at the end are never padded out into a pack; must be true."""
+    packing_selector: Literal["exact", "binpacking", "fifo"] = "exact"
+    """How a pack is chosen: fullest possible, the binpacking package's proposal, or oldest first."""
+    max_steps: Count
+    """Optimizer steps of the run."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: Weight = 0.0
+    """Weight decay of AdamW."""
+    adam_beta1: Beta = 0.9
+    """First moment decay of AdamW."""
+    adam_beta2: Beta = 0.999
+    """Second moment decay of AdamW."""
+    adam_epsilon: Positive = 1e-8
+    """Denominator constant of AdamW."""
+    max_grad_norm: Weight = 1.0
+    """Gradients are scaled down to this norm; 0 = no clipping."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after the warm-up; cosine and linear end at 0."""
+    save_every_steps: CountOrZero = 50
+    """Optimizer steps between checkpoints; 0 = only at the end."""
+    eval_every_steps: CountOrZero = 0
+    """Optimizer steps between evaluations; 0 = none during training."""
+    eval_num_samples: Count | None = None
+    """Validation images per evaluation, the first ones of the file; null = all."""
+    early_stop: EarlyStopSection = Field(default_factory=EarlyStopSection)
+    num_threads: CountOrZero = 1
+    """CPU threads per learner rank; 0 = as torch chooses."""
+
+
+class ScheduleSection(Section):
+    """Which optimizer steps are rollout steps."""
+
+    b_ratio: Ratio | None = None
+    """Share of B steps, an exact decimal in [0, 1]; required for the A/B variants."""
+
+
+class Stage2AbSection(Section):
+    """The A/B schedule, for stage2_ab_training and stage2_async."""
+
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    desc_ce_weight: Weight = 1.0
+    """Weight of the tokens of `desc` values in the cross-entropy of channel A."""
+
+
+class Stage2AsyncSection(Section):
+    """The queue of stage2_async."""
+
+    queue_limit: Count = 8
+    """Most packs waiting per rank; on overflow the oldest is dropped; at least GA."""
+    version_window: CountOrZero = 2
+    """Policy versions that a pack may lag behind; 0 = only the current one."""
+    sync_every_steps: Count = 1
+    """Optimizer steps between publications of the weights."""
+    prefetch_target_packs: Count = 4
+    """Packs per rank that producers aim to keep waiting; at least GA, at most queue_limit."""
+    stall_timeout_s: Positive = 300.0
+    """Seconds a rank waits for ranks, broker or rollouts before all leave together; read by every variant."""
+    in_flight_sync: Literal["strict", "keep"] = "strict"
+    """During a weight sync, generations finish first (strict) or freeze and go on (keep)."""
