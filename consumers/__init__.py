@@ -1,0 +1,1 @@
+"""Matching and packing: rollouts in, training segments and packs out. Never imports torch."""

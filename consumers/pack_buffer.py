@@ -1,0 +1,222 @@
+"""Holds matched segments in insertion order and decides when a pack may leave.
+
+Owns waiting and carrying over; it must not know the broker, the clock or ranks. Which segments go together is
+`consumers.packing`'s choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from consumers.packing import (
+    OversizedSegment,
+    PackingError,
+    SelectionMethod,
+    oversized_message,
+    require_method,
+    select_pack,
+)
+
+Urgency = Literal["patient", "hungry", "forced"]
+EmitReason = Literal["filled", "lookahead", "buffer_full", "hungry", "forced"]
+
+
+class PackBufferFull(PackingError):
+    """The buffer already holds `packing_buffer` segments; it was not changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferedSegment:
+    """What packing needs to know of one matched segment."""
+
+    segment_id: str
+    """Id of the segment; unique in a run."""
+    length_tokens: int
+    """Encoded length: prompt, image tokens, training sequence and end token."""
+    policy_version: int
+    """Lowest policy version the rollout was made with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackBufferSettings:
+    """Limits and thresholds of one buffer; checked on creation."""
+
+    capacity_tokens: int
+    """Tokens in one pack (`training.global_max_length`)."""
+    packing_buffer: int = 512
+    """Most segments held at once (`training.packing_buffer`)."""
+    min_fill_ratio: float = 0.65
+    """A pack below this share of the capacity is reported as underfilled
+    (`training.packing_min_fill_ratio`)."""
+    target_fill_ratio: float = 0.98
+    """A pack from this share of the capacity on leaves at once: waiting could not better it by much."""
+    lookahead_packs: int = 4
+    """With this many packs' worth of tokens waiting, more choice brings nothing and the best pack leaves."""
+    method: SelectionMethod = "exact"
+    """How the segments of a pack are selected."""
+
+    def __post_init__(self) -> None:
+        require_method(self.method)
+        for name in ("capacity_tokens", "packing_buffer", "lookahead_packs"):
+            if getattr(self, name) < 1:
+                raise PackingError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0.0 <= self.min_fill_ratio <= self.target_fill_ratio <= 1.0:
+            raise PackingError(
+                f"fill ratios: got min_fill_ratio {self.min_fill_ratio} and target_fill_ratio "
+                f"{self.target_fill_ratio}, expected 0 <= min <= target <= 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackChoice:
+    """One pack that leaves the buffer, with what its metrics need."""
+
+    segments: tuple[BufferedSegment, ...]
+    total_tokens: int
+    fill_ratio: float
+    reason: EmitReason
+    is_underfilled: bool
+    """True below `min_fill_ratio`: worth a warning, never a reason to drop."""
+    num_left_segments: int
+
+    @property
+    def segment_ids(self) -> tuple[str, ...]:
+        """Ids in insertion order."""
+        return tuple(segment.segment_id for segment in self.segments)
+
+    @property
+    def lowest_policy_version(self) -> int:
+        """The version that decides the pack's freshness."""
+        return min(segment.policy_version for segment in self.segments)
+
+
+class PackBuffer:
+    """Segments in insertion order; leftovers of a pack stay for the next one, and nothing is ever flushed."""
+
+    def __init__(self, settings: PackBufferSettings) -> None:
+        self._settings = settings
+        self._segments: list[BufferedSegment] = []
+        self._ids: set[str] = set()
+        self._buffered_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    @property
+    def segments(self) -> tuple[BufferedSegment, ...]:
+        """What is held, oldest first."""
+        return tuple(self._segments)
+
+    @property
+    def buffered_tokens(self) -> int:
+        """Tokens held in all segments together."""
+        return self._buffered_tokens
+
+    @property
+    def num_free_places(self) -> int:
+        """How many segments may still be inserted; never negative."""
+        return max(0, self._settings.packing_buffer - len(self._segments))
+
+    def insert(self, segment: BufferedSegment) -> bool:
+        """Add the youngest segment; False if its id is held already (a redelivery).
+
+        Raises `OversizedSegment` (no pack could ever hold it), `PackBufferFull`, and `PackingError` for a
+        length below 1. The buffer is unchanged whenever this raises or returns False.
+        """
+        capacity = self._settings.capacity_tokens
+        if segment.segment_id in self._ids:
+            return False
+        if segment.length_tokens < 1:
+            raise PackingError(
+                f"segment {segment.segment_id}: got {segment.length_tokens} tokens, expected at least 1"
+            )
+        if segment.length_tokens > capacity:
+            raise OversizedSegment(oversized_message(segment.segment_id, segment.length_tokens, capacity))
+        if not self.num_free_places:
+            raise PackBufferFull(
+                f"segment {segment.segment_id}: the pack buffer holds {len(self)} segments, "
+                f"expected fewer than {self._settings.packing_buffer}; "
+                "take packs out first, read fewer segments at a time, "
+                "or raise training.packing_buffer"
+            )
+        self._hold([*self._segments, segment])
+        return True
+
+    def next_pack(self, urgency: Urgency = "patient") -> PackChoice | None:
+        """Take the next pack out, or None while waiting is better; None whenever the buffer is empty.
+
+        The candidate is what `select_pack` picks, so it always holds the oldest segment. It leaves when it
+        reaches `target_fill_ratio` (`filled`); or `lookahead_packs` packs' worth of tokens wait
+        (`lookahead`); or no further segment could be inserted (`buffer_full`); or the caller is `hungry` (a
+        learner rank has fewer packs ready than its next step needs) and it reaches `min_fill_ratio`; or the
+        caller is `forced` (nothing more will arrive for this step, or its patience has run out), whatever the
+        fill.
+        """
+        if not self._segments or not self._may_emit(urgency):
+            return None
+        settings = self._settings
+        lengths = [segment.length_tokens for segment in self._segments]
+        chosen = select_pack(lengths, settings.capacity_tokens, settings.method)
+        total_tokens = sum(lengths[i] for i in chosen)
+        fill_ratio = total_tokens / settings.capacity_tokens
+        reason = self._emit_reason(fill_ratio, urgency)
+        if reason is None:
+            return None
+        members = tuple(self._segments[i] for i in chosen)
+        taken = set(chosen)
+        self._hold([segment for i, segment in enumerate(self._segments) if i not in taken])
+        return PackChoice(
+            segments=members,
+            total_tokens=total_tokens,
+            fill_ratio=fill_ratio,
+            reason=reason,
+            is_underfilled=fill_ratio < settings.min_fill_ratio,
+            num_left_segments=len(self._segments),
+        )
+
+    def put_back(self, segments: Iterable[BufferedSegment]) -> None:
+        """Return segments of a pack that was not committed; they go to the front, in the given order.
+
+        They were admitted before, so this may exceed `packing_buffer`; ids that are held already are left
+        out.
+        """
+        returned = {
+            segment.segment_id: segment for segment in segments if segment.segment_id not in self._ids
+        }
+        self._hold([*returned.values(), *self._segments])
+
+    def discard(self, is_unwanted: Callable[[BufferedSegment], bool]) -> list[BufferedSegment]:
+        """Remove the segments for which the predicate holds (stale ones) and return them, oldest first."""
+        removed = [segment for segment in self._segments if is_unwanted(segment)]
+        gone = {segment.segment_id for segment in removed}
+        self._hold([segment for segment in self._segments if segment.segment_id not in gone])
+        return removed
+
+    def _may_emit(self, urgency: Urgency) -> bool:
+        """Spare the selection where even all segments together would not do."""
+        threshold = {
+            "patient": self._settings.target_fill_ratio,
+            "hungry": self._settings.min_fill_ratio,
+            "forced": 0.0,
+        }[urgency]
+        enough_tokens = self._buffered_tokens / self._settings.capacity_tokens >= threshold
+        return enough_tokens or not self.num_free_places
+
+    def _emit_reason(self, fill_ratio: float, urgency: Urgency) -> EmitReason | None:
+        settings = self._settings
+        if fill_ratio >= settings.target_fill_ratio:
+            return "filled"
+        if self._buffered_tokens >= settings.lookahead_packs * settings.capacity_tokens:
+            return "lookahead"
+        if not self.num_free_places:
+            return "buffer_full"
+        if urgency == "hungry" and fill_ratio >= settings.min_fill_ratio:
+            return "hungry"
+        return "forced" if urgency == "forced" else None
+
+    def _hold(self, segments: list[BufferedSegment]) -> None:
+        self._segments = segments
+        self._ids = {segment.segment_id for segment in segments}
+        self._buffered_tokens = sum(segment.length_tokens for segment in segments)

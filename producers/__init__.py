@@ -1,0 +1,1 @@
+"""Rollouts: demand, dispatch, generation, and the workers that run it."""

@@ -1,0 +1,218 @@
+"""Says how many rollout requests to issue now: enough to feed the learner, no more than can still be fresh.
+
+Pure arithmetic over what is in the pipeline; it must not know the broker, the clock or the configuration.
+
+The freshness bound. Let K be `sync_every_steps`, w `version_window`, l `producer_lag_versions`, r `b_ratio`,
+GA `gradient_accumulation_steps` and s the number of committed optimizer steps, so that step s runs or comes
+next. The policy version grows by one after every K-th step: during step t it is current + t//K - s//K. A
+rollout requested during step s has version current - l at the lowest, and may be claimed while t//K <= s//K +
+w - l, that is, before step d(s) = K (s//K + w - l + 1). It is ready for the claims from step a(s) = s +
+`generation_steps` on. With B(n) = floor(n r) rollout steps among the first n (the schedule), each rank claims
+GA (B(d) - B(a)) packs from a to d. As long as packs leave oldest first and every scheduled claim is made, a
+segment is claimed fresh if at its arrival at most that many packs for each rank are in line, its own
+included. In line can be everything in the pipeline, since younger requests may return before it. So the whole
+pipeline is held under the smallest bound of all steps at which a request in flight was issued.
+
+Exact selection lets a younger segment overtake an older one inside the pack buffer, though never the oldest;
+such a segment can miss its bound. It is then dropped as stale and counted, as any other.
+
+The aim. What is requested during step s is ready by step a(s); from the next claim until then each rank takes
+GA (B(a) - B(next claim)) packs. A pipeline of `prefetch_target_packs` and that many packs more leaves the
+target depth at every claim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+DemandLimit = Literal["aim", "freshness", "aim_reached", "freshness_reached"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandSettings:
+    """What stays the same during a run."""
+
+    world_size: int
+    """Learner ranks (W)."""
+    gradient_accumulation_steps: int
+    """Packs that each rank claims in a rollout step (GA)."""
+    prefetch_target_packs: int
+    """Ready packs per rank to aim at, seen just before a claim; at least GA."""
+    version_window: int
+    """A segment may be claimed while its policy version is at least current - `version_window`."""
+    sync_every_steps: int
+    """Optimizer steps between two publications of weights."""
+    b_ratio: Fraction
+    """Exact share of rollout steps, above 0 and at most 1."""
+    rollouts_per_request: int
+    """Rollouts in one request (one generation chunk, one job)."""
+    producer_lag_versions: int = 0
+    """How many versions behind the current one a rollout may start: 0 with a strict sync, 1 when weights are
+    fetched while producers go on."""
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST_SETTINGS.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"demand setting {name}: got {getattr(self, name)}, expected at least {least}"
+                )
+        if not isinstance(self.b_ratio, Fraction) or not 0 < self.b_ratio <= 1:
+            raise ValueError(
+                f"demand setting b_ratio: got {self.b_ratio!r}, expected a Fraction above 0 and at most 1"
+            )
+        if self.prefetch_target_packs < self.gradient_accumulation_steps:
+            raise ValueError(
+                f"demand setting prefetch_target_packs: got {self.prefetch_target_packs}, expected at "
+                f"least the {self.gradient_accumulation_steps} packs of one step"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandState:
+    """What is in the pipeline now."""
+
+    optimizer_step: int
+    """Committed optimizer steps; weights are published after every `sync_every_steps`-th."""
+    is_step_decided: bool
+    """Whether the packs of step `optimizer_step` are claimed (or skipped) already, so that it takes no
+    more."""
+    num_outstanding_rollouts: int
+    """Requested and not yet matched, rejected or dropped."""
+    num_matched_segments: int
+    """Matched and not yet in a pack."""
+    ready_packs_per_rank: tuple[int, ...]
+    """Ready packs not yet claimed, for each rank; stale ones that the next claim drops left out."""
+    segments_per_pack: float
+    """Mean number of segments in a pack: a start value, then measured; decides how much is asked for."""
+    least_segments_per_pack: float
+    """Fewest segments that recent packs held; the bound on freshness relies on it."""
+    generation_steps: int
+    """Upper estimate of G, where a rollout requested during step s is in a ready pack for the claim of step s
+    + G; at least 1, except where the claim of step s waits for it."""
+    oldest_outstanding_optimizer_step: int | None = None
+    """`optimizer_step` at which the oldest outstanding rollout was requested; None when there is none."""
+
+    def __post_init__(self) -> None:
+        counts = (
+            self.optimizer_step,
+            self.num_outstanding_rollouts,
+            self.num_matched_segments,
+            self.generation_steps,
+        )
+        if min(*counts, *self.ready_packs_per_rank) < 0:
+            raise ValueError(f"demand state: got a negative number in {self}, expected 0 or more")
+        if not 0 < self.least_segments_per_pack <= self.segments_per_pack:
+            raise ValueError(
+                f"segments per pack: got least {self.least_segments_per_pack} and mean "
+                f"{self.segments_per_pack}, expected 0 < least <= mean"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandDecision:
+    """How many requests to issue, and what held the number down."""
+
+    num_rollouts: int
+    """Rollouts to request now: whole requests, unless freshness allows only part of the last one."""
+    rollouts_per_request: int
+    """Rollouts in one whole request."""
+    limited_by: DemandLimit
+    """`aim` or `freshness` decided the number; with the suffix `_reached` it is 0."""
+
+    @property
+    def request_sizes(self) -> tuple[int, ...]:
+        """Rollouts of each request to issue; only the last can be smaller than the others."""
+        num_whole, rest = divmod(self.num_rollouts, self.rollouts_per_request)
+        return (self.rollouts_per_request,) * num_whole + ((rest,) if rest else ())
+
+
+def requests_to_issue(state: DemandState, settings: DemandSettings) -> int:
+    """Return how many requests to issue now, 0 when enough is under way; `decide_demand` has their sizes."""
+    return len(decide_demand(state, settings).request_sizes)
+
+
+def decide_demand(state: DemandState, settings: DemandSettings) -> DemandDecision:
+    """Weigh the aim, rounded up to whole requests, against the freshness bound, which is never exceeded.
+
+    A last request may be smaller than the others: rounding down could leave a step short of rollouts for
+    ever. Raises `ValueError` when the state's ranks are not `world_size` many.
+    """
+    if len(state.ready_packs_per_rank) != settings.world_size:
+        raise ValueError(
+            f"ready_packs_per_rank: got {len(state.ready_packs_per_rank)} ranks, "
+            f"expected {settings.world_size}"
+        )
+    num_pending = state.num_outstanding_rollouts + state.num_matched_segments
+    aim_packs = _missing_packs(state, _aim_level(state, settings))
+    fresh_packs = _missing_packs(state, freshness_level(state, settings))
+    num_aimed = max(0, math.ceil(aim_packs * state.segments_per_pack) - num_pending)
+    num_fresh = max(0, math.floor(fresh_packs * state.least_segments_per_pack) - num_pending)
+    chunk = settings.rollouts_per_request
+    num_whole = -(-num_aimed // chunk) * chunk
+    num_rollouts = min(num_whole, num_fresh)
+    if num_whole <= num_fresh:
+        limited_by: DemandLimit = "aim" if num_rollouts else "aim_reached"
+    else:
+        limited_by = "freshness" if num_rollouts else "freshness_reached"
+    return DemandDecision(num_rollouts=num_rollouts, rollouts_per_request=chunk, limited_by=limited_by)
+
+
+def freshness_level(state: DemandState, settings: DemandSettings) -> int:
+    """Return how many packs per rank the whole pipeline may hold so that each is claimed fresh; 0 if none can
+    be.
+
+    A step at which nothing could be issued does not count among those of requests in flight.
+    """
+    level = _claimable_packs(state.optimizer_step, state.generation_steps, settings)
+    oldest = state.oldest_outstanding_optimizer_step
+    if oldest is None:
+        return level
+    # A request older than generation_steps has outlived its estimate: its own bound can no longer be kept.
+    first = max(oldest, state.optimizer_step - state.generation_steps)
+    earlier = (
+        _claimable_packs(step, state.generation_steps, settings)
+        for step in range(first, state.optimizer_step)
+    )
+    return min([level, *(packs for packs in earlier if packs)])
+
+
+def _claimable_packs(requested_step: int, generation_steps: int, settings: DemandSettings) -> int:
+    """Packs per rank that the schedule claims while a rollout requested before this step is ready and
+    fresh."""
+    period = settings.sync_every_steps
+    num_versions = settings.version_window - settings.producer_lag_versions + 1
+    deadline_step = period * (requested_step // period + num_versions)
+    return _scheduled_packs(requested_step + generation_steps, deadline_step, settings)
+
+
+def _aim_level(state: DemandState, settings: DemandSettings) -> int:
+    next_claim_step = state.optimizer_step + state.is_step_decided
+    arrival_step = state.optimizer_step + state.generation_steps
+    return settings.prefetch_target_packs + _scheduled_packs(next_claim_step, arrival_step, settings)
+
+
+def _scheduled_packs(start_step: int, end_step: int, settings: DemandSettings) -> int:
+    if end_step <= start_step:
+        return 0
+    numerator, denominator = settings.b_ratio.numerator, settings.b_ratio.denominator
+    num_rollout_steps = end_step * numerator // denominator - start_step * numerator // denominator
+    return num_rollout_steps * settings.gradient_accumulation_steps
+
+
+def _missing_packs(state: DemandState, level: int) -> int:
+    """Packs needed to bring every rank up to the level; the packer always serves the emptiest rank first."""
+    return sum(max(0, level - depth) for depth in state.ready_packs_per_rank)
+
+
+_LEAST_SETTINGS = {
+    "world_size": 1,
+    "gradient_accumulation_steps": 1,
+    "prefetch_target_packs": 1,
+    "version_window": 0,
+    "sync_every_steps": 1,
+    "rollouts_per_request": 1,
+    "producer_lag_versions": 0,
+}

@@ -1,0 +1,225 @@
+"""The pack buffer: admission, waiting, carrying over, discarding."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from consumers.pack_buffer import BufferedSegment, PackBuffer, PackBufferFull, PackBufferSettings
+from consumers.packing import OversizedSegment, PackingError, select_pack
+
+
+def a_segment(segment_id: str = "s", length_tokens: int = 10, policy_version: int = 0) -> BufferedSegment:
+    return BufferedSegment(segment_id=segment_id, length_tokens=length_tokens, policy_version=policy_version)
+
+
+def a_buffer(*lengths: int, **settings: object) -> PackBuffer:
+    buffer = PackBuffer(PackBufferSettings(**{"capacity_tokens": 100, **settings}))  # type: ignore[arg-type]
+    for number, length in enumerate(lengths):
+        assert buffer.insert(a_segment(f"s{number}", length))
+    return buffer
+
+
+@pytest.mark.req("P-4")
+def test_an_oversized_segment_is_refused_when_inserted_and_changes_nothing() -> None:
+    buffer = a_buffer(30)
+
+    with pytest.raises(OversizedSegment, match=r"big: got 101 tokens.*100.*raise training.global_max_length"):
+        buffer.insert(a_segment("big", 101))
+
+    assert [segment.segment_id for segment in buffer.segments] == ["s0"]
+    assert buffer.buffered_tokens == 30
+
+
+@pytest.mark.req("P-4")
+def test_a_full_buffer_refuses_and_is_not_changed() -> None:
+    buffer = a_buffer(1, 2, packing_buffer=2)
+    before = buffer.segments
+
+    with pytest.raises(
+        PackBufferFull, match=r"late: .*holds 2 segments, expected fewer than 2.*packing_buffer"
+    ):
+        buffer.insert(a_segment("late", 3))
+
+    assert buffer.segments == before
+    assert buffer.num_free_places == 0
+
+
+def test_a_redelivered_segment_is_not_inserted_twice() -> None:
+    buffer = a_buffer(10)
+
+    assert not buffer.insert(a_segment("s0", 10))
+    assert len(buffer) == 1
+
+
+def test_a_segment_without_tokens_is_refused() -> None:
+    with pytest.raises(PackingError, match="empty: got 0 tokens, expected at least 1"):
+        a_buffer().insert(a_segment("empty", 0))
+
+
+@pytest.mark.req("P-5")
+def test_leftovers_are_carried_into_the_next_pack() -> None:
+    buffer = a_buffer(60, 50, 40)
+
+    first = buffer.next_pack()
+    assert first is not None
+    assert first.segment_ids == ("s0", "s2")
+    assert (first.reason, first.fill_ratio, first.num_left_segments) == ("filled", 1.0, 1)
+
+    assert buffer.next_pack() is None
+    buffer.insert(a_segment("s3", 49))
+    second = buffer.next_pack()
+    assert second is not None
+    assert second.segment_ids == ("s1", "s3")
+    assert len(buffer) == 0
+
+
+@pytest.mark.req("P-5")
+def test_a_patient_packer_waits_below_the_target_fill() -> None:
+    buffer = a_buffer(60, 37)
+
+    assert buffer.next_pack() is None
+    assert len(buffer) == 2
+
+
+@pytest.mark.req("P-5")
+def test_a_patient_packer_stops_waiting_when_enough_packs_worth_of_tokens_wait() -> None:
+    buffer = a_buffer(51, 52, 53, lookahead_packs=2)
+    assert buffer.next_pack() is None
+
+    buffer.insert(a_segment("s3", 54))
+    choice = buffer.next_pack()
+
+    assert choice is not None
+    assert (choice.segment_ids, choice.reason, choice.is_underfilled) == (("s0",), "lookahead", True)
+
+
+@pytest.mark.req("P-5")
+def test_a_full_buffer_gives_its_best_pack_so_that_insertion_can_go_on() -> None:
+    buffer = a_buffer(1, 2, packing_buffer=2)
+
+    choice = buffer.next_pack()
+
+    assert choice is not None
+    assert choice.reason == "buffer_full"
+    assert buffer.num_free_places == 2
+
+
+@pytest.mark.req("P-5")
+def test_a_hungry_learner_gets_a_pack_from_the_minimum_fill_on_and_none_below() -> None:
+    assert a_buffer(64).next_pack("hungry") is None
+
+    choice = a_buffer(65).next_pack("hungry")
+
+    assert choice is not None
+    assert (choice.reason, choice.is_underfilled) == ("hungry", False)
+
+
+@pytest.mark.req("P-5")
+def test_a_forced_pack_leaves_at_any_fill_and_warns_below_the_minimum() -> None:
+    choice = a_buffer(5).next_pack("forced")
+
+    assert choice is not None
+    assert (choice.reason, choice.is_underfilled, choice.fill_ratio) == ("forced", True, 0.05)
+
+
+def test_an_empty_buffer_has_no_pack_however_urgent() -> None:
+    buffer = a_buffer()
+
+    assert [buffer.next_pack(urgency) for urgency in ("patient", "hungry", "forced")] == [None] * 3
+
+
+def test_a_pack_carries_the_lowest_policy_version() -> None:
+    buffer = a_buffer()
+    buffer.insert(a_segment("new", 50, policy_version=7))
+    buffer.insert(a_segment("old", 50, policy_version=4))
+
+    choice = buffer.next_pack()
+
+    assert choice is not None
+    assert choice.lowest_policy_version == 4
+    assert choice.total_tokens == 100
+
+
+@pytest.mark.req("Q-5")
+def test_discarded_segments_are_returned_oldest_first_and_the_rest_keeps_its_order() -> None:
+    buffer = a_buffer()
+    for number, version in enumerate([3, 1, 4, 2]):
+        buffer.insert(a_segment(f"s{number}", 10, policy_version=version))
+
+    removed = buffer.discard(lambda segment: segment.policy_version < 3)
+
+    assert [segment.segment_id for segment in removed] == ["s1", "s3"]
+    assert [segment.segment_id for segment in buffer.segments] == ["s0", "s2"]
+    assert buffer.buffered_tokens == 20
+    assert buffer.insert(a_segment("s1", 10))
+
+
+def test_segments_put_back_go_first_and_once() -> None:
+    buffer = a_buffer(60, 50, 40)
+    choice = buffer.next_pack()
+    assert choice is not None
+
+    buffer.put_back(choice.segments)
+    buffer.put_back(choice.segments[:1])
+
+    assert [segment.segment_id for segment in buffer.segments] == ["s0", "s2", "s1"]
+    assert buffer.buffered_tokens == 150
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"capacity_tokens": 0},
+        {"packing_buffer": 0},
+        {"lookahead_packs": 0},
+        {"min_fill_ratio": 0.99},
+        {"target_fill_ratio": 1.1},
+        {"method": "best"},
+    ],
+)
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(PackingError, match="got"):
+        a_buffer(**wrong)
+
+
+@pytest.mark.req("P-1", "P-2", "P-5")
+@pytest.mark.parametrize("seed", range(60))
+def test_random_traffic_loses_nothing_and_every_pack_is_what_selection_says(seed: int) -> None:
+    generator = random.Random(seed)
+    buffer = a_buffer(packing_buffer=12, lookahead_packs=generator.randint(1, 3))
+    inserted: list[str] = []
+    left: list[str] = []
+
+    for number in range(200):
+        if buffer.num_free_places:
+            inserted.append(f"s{number}")
+            buffer.insert(a_segment(f"s{number}", generator.randint(1, 100), policy_version=number // 20))
+        held = buffer.segments
+        choice = buffer.next_pack(generator.choice(["patient", "patient", "hungry", "forced"]))
+        if choice is None:
+            assert buffer.segments == held
+            continue
+        chosen = select_pack([segment.length_tokens for segment in held], 100)
+        assert choice.segments == tuple(held[i] for i in chosen)
+        assert choice.segments[0] == held[0]
+        left.extend(choice.segment_ids)
+
+    assert sorted(left + [segment.segment_id for segment in buffer.segments]) == sorted(inserted)
+
+
+@pytest.mark.req("P-5")
+@pytest.mark.parametrize("seed", range(5))
+def test_a_patient_packer_reaches_a_high_fill(seed: int) -> None:
+    generator = random.Random(seed)
+    buffer = a_buffer(capacity_tokens=16384)
+    fills: list[float] = []
+
+    for number in range(600):
+        buffer.insert(a_segment(f"s{number}", min(16384, int(generator.lognormvariate(7.6, 0.67)) + 1)))
+        while choice := buffer.next_pack():
+            fills.append(choice.fill_ratio)
+
+    assert len(fills) > 50
+    assert sum(fills) / len(fills) > 0.98
