@@ -1,0 +1,150 @@
+"""One rollout shown: the role of every token, the verdict on every object, the shapes on its image."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console, RenderableType
+
+from rollstream.drawing import GROUND_TRUTH_COLOUR, PREDICTION_COLOUR
+from rollstream.inspect_view import (
+    STYLES,
+    InspectedObject,
+    draw_inspection,
+    render_inspection,
+    sequence_text,
+    token_roles,
+)
+from tests.inspection_builders import (
+    APPENDED,
+    PREFIX,
+    PROMPT,
+    make_inspection,
+    make_matched,
+    make_segment,
+    token_text,
+)
+
+
+def shown(view: RenderableType, width: int = 100) -> str:
+    stream = io.StringIO()
+    Console(width=width, file=stream, color_system=None).print(view)
+    return stream.getvalue()
+
+
+def styled(text_style: str, role_pieces: list[tuple[str, str]]) -> str:
+    return "".join(piece for piece, style in role_pieces if style.startswith(text_style) and text_style)
+
+
+def test_every_token_has_the_role_that_its_masks_give_it() -> None:
+    roles = token_roles(make_matched())
+
+    prefix = ["prefix"] * 6 + ["prefix slot"] * 4 + ["prefix"]
+    appended = ["appended"] * 3 + ["appended desc", "appended"] + ["appended slot"] * 4 + ["appended"] * 3
+    assert roles == ["prompt"] * len(PROMPT) + prefix + appended
+    assert len(roles) == len(PROMPT) + len(PREFIX) + len(APPENDED)
+
+
+def test_the_text_is_the_sequence_with_a_target_behind_each_slot_and_each_role_in_its_style() -> None:
+    text = sequence_text(make_matched(), token_text)
+    pieces = [(text.plain[span.start : span.end], str(span.style)) for span in text.spans]
+
+    assert text.plain.startswith('<|im_start|><|image_pad|>×6list{"object_1descWBCbox<|coord_406|>→400')
+    assert text.plain.endswith("<|coord_400|>→400}}<|im_end|>")
+    assert styled(STYLES["prefix slot"], pieces) == (
+        "<|coord_406|>→400<|coord_368|>→370<|coord_1767|>".replace("1767", "767") + "→760<|coord_784|>→780"
+    )
+    assert styled(STYLES["appended desc"], pieces) == "RBC"
+    assert styled(STYLES["appended"], pieces) == ", objectdescbox}}<|im_end|>"
+    assert styled(STYLES["prompt"], pieces) == "<|im_start|><|image_pad|>×6list"
+
+
+def test_repeated_tokens_outside_the_prompt_are_never_folded() -> None:
+    matched = make_matched()
+    matched.token_ids[len(PROMPT) : len(PROMPT) + 6] = 4
+
+    assert "object" * 6 in sequence_text(matched, token_text).plain
+
+
+def test_a_segment_whose_append_is_the_closing_brace_alone_keeps_its_prefix() -> None:
+    ids = [*PROMPT, *PREFIX, 9, 12]
+    ce_mask = np.zeros(len(ids), bool)
+    ce_mask[-2:] = True
+    matched = make_matched(
+        token_ids=np.asarray(ids, np.int32),
+        ce_mask=ce_mask,
+        desc_mask=np.zeros(len(ids), bool),
+        slot_positions=np.zeros(0, np.int32),
+        slot_targets=np.zeros(0, np.int16),
+        slot_in_prefix=np.zeros(0, bool),
+    )
+
+    assert token_roles(matched) == ["prompt"] * len(PROMPT) + ["prefix"] * len(PREFIX) + ["appended"] * 2
+
+
+def test_the_tables_say_of_each_object_why_it_counts_or_not() -> None:
+    lines = shown(render_inspection(make_inspection(), token_text)).splitlines()
+
+    def line_of(*words: str) -> str:
+        return next(line for line in lines if all(word in line for word in words))
+
+    assert "400 370 760 780" in line_of("WBC", "matched: 0 WBC", "406 368 767 784")
+    assert line_of("Platelets", "bbox_invalid", "5 5 4 9")
+    assert line_of("RBC", "valid, not matched")
+    assert line_of("0", "WBC", "object 1")
+    assert line_of("1", "RBC", "appended", "10 20 300 400")
+    assert line_of("record", "r-17")
+    assert line_of("tokens", "8 prompt, 13 written, 31 in the training sequence")
+
+
+def test_a_rollout_without_a_training_segment_shows_what_was_written_and_why() -> None:
+    inspection = make_inspection(matched=None, is_invalid=True, verdict="dropped: stale_on_claim")
+
+    text = shown(render_inspection(inspection, token_text))
+
+    assert "dropped: stale_on_claim" in text
+    assert "rollout as written" in text
+    assert "not a valid rollout" in text
+    assert "<|coord_406|><|coord_368|>" in text
+    assert "nothing" in text
+    assert "appended" not in text
+
+
+def test_an_empty_rollout_with_no_ground_truth_is_shown() -> None:
+    inspection = make_inspection(segment=make_segment(assistant_payload=()), objects=())
+
+    assert shown(render_inspection(inspection, token_text)).count("none") == 2
+
+
+def test_what_the_model_wrote_cannot_command_the_terminal() -> None:
+    evil = "\x1b]0;owned\x07[red]"
+    objects = (InspectedObject(number=1, desc=evil, reason="malformed_json"),)
+    inspection = make_inspection(objects=objects)
+
+    for matched in (inspection.matched, None):
+        changed = make_inspection(objects=objects, matched=matched, verdict=evil)
+        text = shown(render_inspection(changed, lambda token_id: evil))
+        assert "\x1b" not in text
+        assert "\x07" not in text
+        assert "[red]" in text
+
+
+def test_the_image_shows_ground_truth_and_what_can_be_drawn_of_the_objects() -> None:
+    image = Image.new("RGB", (640, 480), (80, 80, 80))
+    objects = (*make_inspection().objects, InspectedObject(number=9, bins=(3,), reason="wrong_arity"))
+
+    drawn = np.asarray(draw_inspection(make_inspection(objects=objects), image), dtype=int)
+
+    assert drawn.shape == (480, 640, 3)
+    for colour in (GROUND_TRUTH_COLOUR, PREDICTION_COLOUR):
+        assert (np.abs(drawn - np.asarray(colour)).sum(axis=2) < 40).sum() > 500
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_view_stays_within_the_terminal(width: int) -> None:
+    text = shown(render_inspection(make_inspection(), token_text), width)
+
+    assert max(len(line) for line in text.splitlines()) <= width
