@@ -1,0 +1,60 @@
+"""Watches how requests turn into packs: the estimates that demand control needs. Pure: fed, never looks."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from broker_schemas.status import RunStatus
+from producers.demand import DemandState
+
+NUM_RECENT = 16
+MAX_GENERATION_STEPS = 64
+
+
+@dataclass
+class DemandTracker:
+    """Keeps when rollouts were asked for and how many segments recent packs held.
+
+    ``start_segments_per_pack`` is used until packs were made. Rollouts are taken to come back in the order in
+    which they were asked for; where they do not, the estimates err to the careful side.
+    """
+
+    start_segments_per_pack: float
+    _issued: deque[tuple[int, int]] = field(default_factory=deque)  # (rollouts asked for in all, at step)
+    _generation_steps: deque[int] = field(default_factory=lambda: deque([1], maxlen=NUM_RECENT))
+    _per_pack: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
+    _packed_before: tuple[int, int] = (0, 0)
+
+    def on_issued(self, total_requested: int, optimizer_step: int) -> None:
+        """Note that ``total_requested`` rollouts have been asked for by now."""
+        self._issued.append((total_requested, optimizer_step))
+
+    def observe(self, status: RunStatus) -> DemandState:
+        """Return the demand state of ``status`` and learn from it."""
+        optimizer_step = status.total("committed_steps")
+        resolved = status.total("requested") - status.outstanding
+        while self._issued and self._issued[0][0] <= resolved:
+            _, asked_at = self._issued.popleft()
+            self._generation_steps.append(min(max(1, optimizer_step - asked_at + 1), MAX_GENERATION_STEPS))
+        self._learn_pack_sizes(status)
+        mean = sum(self._per_pack) / len(self._per_pack) if self._per_pack else self.start_segments_per_pack
+        num_claims = status.total("steps:A") + status.total("steps:B")
+        return DemandState(
+            optimizer_step=optimizer_step,
+            is_step_decided=num_claims > optimizer_step,
+            num_outstanding_rollouts=max(0, status.outstanding),
+            num_matched_segments=status.matched_waiting,
+            ready_packs_per_rank=status.ready_depths,
+            segments_per_pack=mean,
+            least_segments_per_pack=min(self._per_pack, default=mean),
+            generation_steps=max(self._generation_steps),
+            oldest_outstanding_optimizer_step=self._issued[0][1] if self._issued else None,
+        )
+
+    def _learn_pack_sizes(self, status: RunStatus) -> None:
+        packs, segments = status.total("packed"), status.total("packed_segments")
+        new_packs, new_segments = packs - self._packed_before[0], segments - self._packed_before[1]
+        if new_packs > 0:
+            self._per_pack.append(max(1.0, new_segments / new_packs))
+            self._packed_before = (packs, segments)

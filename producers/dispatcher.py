@@ -1,0 +1,136 @@
+"""The dispatcher's loop: turns demand into requests and jobs, and runs abandoned ones again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rq import Queue
+
+from broker_schemas.broker import Broker
+from broker_schemas.errors import BrokerError
+from broker_schemas.records import NOT_STEP_BOUND
+from broker_schemas.rollout_requests import (
+    LeaseSettings,
+    RolloutRequest,
+    fail_request,
+    issue_requests,
+    read_cursor,
+    reissue_expired,
+)
+from broker_schemas.status import RunStatus, read_status
+from producers.demand import DemandSettings, decide_demand
+from producers.demand_tracking import DemandTracker
+from producers.jobs import enqueue_request, failed_requests
+from producers.metrics import DispatcherMetrics
+from producers.request_building import build_requests
+from producers.step_demand import rollouts_for_open_step
+
+log = logging.getLogger(__name__)
+LEASE_CHECK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatcherSettings:
+    """``demand`` is None for the on-policy variants: they serve exactly the open step."""
+
+    world_size: int
+    num_samples: int
+    seed: int
+    request_size: int
+    demand: DemandSettings | None
+    start_segments_per_pack: float = 4.0
+    lease: LeaseSettings = field(default_factory=LeaseSettings)
+    job_timeout_s: int = 600
+    poll_s: float = 0.1
+
+
+class Dispatcher:
+    """One dispatcher; a second one beside it does no harm."""
+
+    def __init__(
+        self, broker: Broker, queue: Queue, metrics: DispatcherMetrics, settings: DispatcherSettings
+    ) -> None:
+        self._broker = broker
+        self._queue = queue
+        self._metrics = metrics
+        self._settings = settings
+        self._tracker = DemandTracker(settings.start_segments_per_pack)
+        self._leases_checked_at_s = 0.0
+
+    def loop(self, stop: threading.Event) -> None:
+        """Step until ``stop``; a broker that is away is waited for."""
+        pause_s = self._settings.poll_s
+        while not stop.wait(pause_s):
+            try:
+                self.step(time.monotonic())
+                pause_s = self._settings.poll_s
+            except BrokerError as exc:
+                log.warning("dispatcher: %s; trying again", exc)
+                pause_s = min(2 * pause_s, 5.0)
+
+    def step(self, now_s: float) -> int:
+        """Look once, issue what is wanted; return the number of rollouts asked for. Raises BrokerError."""
+        if now_s - self._leases_checked_at_s >= LEASE_CHECK_EVERY_S:
+            self._leases_checked_at_s = now_s
+            self._give_up_failed()
+            self._run_again()
+        status = read_status(self._broker, self._settings.world_size)
+        self._metrics.on_status(status.outstanding)
+        if status.policy_version < 0:
+            return 0
+        wanted = self._wanted(status)
+        return self._issue(wanted, status) if wanted else 0
+
+    def _wanted(self, status: RunStatus) -> int:
+        if self._settings.demand is None:
+            return rollouts_for_open_step(status)
+        return decide_demand(self._tracker.observe(status), self._settings.demand).num_rollouts
+
+    def _issue(self, num_rollouts: int, status: RunStatus) -> int:
+        settings = self._settings
+        cursor = read_cursor(self._broker)
+        step_bound = settings.demand is None and status.open_step is not None
+        requests = build_requests(
+            self._broker.keys.run,
+            cursor=cursor,
+            num_rollouts=num_rollouts,
+            request_size=settings.request_size,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+            policy_version=status.policy_version,
+            optimizer_step=status.open_step.optimizer_step
+            if step_bound and status.open_step
+            else NOT_STEP_BOUND,
+        )
+        issued = issue_requests(
+            self._broker, requests, cursor=cursor, next_cursor=cursor + num_rollouts, lease=settings.lease
+        )
+        if not issued:
+            return 0
+        self._tracker.on_issued(status.total("requested") + num_rollouts, status.total("committed_steps"))
+        self._enqueue(requests, attempt=1)
+        self._metrics.on_issued(num_rollouts)
+        return num_rollouts
+
+    def _enqueue(self, requests: Sequence[RolloutRequest], *, attempt: int) -> None:
+        for request in requests:
+            enqueue_request(self._queue, request, attempt=attempt, job_timeout_s=self._settings.job_timeout_s)
+
+    def _run_again(self) -> None:
+        again = reissue_expired(self._broker, self._settings.lease)
+        for item in again:
+            log.warning(
+                "dispatcher: request %s was abandoned, attempt %d", item.request.request_id, item.attempt
+            )
+            self._enqueue([item.request], attempt=item.attempt)
+        self._metrics.on_reissued(len(again))
+
+    def _give_up_failed(self) -> None:
+        for request_id, job_id, reason in failed_requests(self._queue):
+            if fail_request(self._broker, request_id, reason="generation_failed", detail=reason):
+                log.error("dispatcher: request %s failed for good (job %s): %s", request_id, job_id, reason)
+                self._metrics.on_failed("generation_failed")

@@ -1,0 +1,79 @@
+"""Metrics of dispatcher and producers, on a registry passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class ProducerMetrics:
+    """What a rollout worker counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._rollouts = Counter(
+            "rollstream_rollouts_total",
+            "Rollouts generated and pushed, by what the broker said.",
+            ["status"],
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "rollstream_rollout_tokens_total", "Response tokens generated.", registry=registry
+        )
+        self._generation = Histogram(
+            "rollstream_generation_seconds",
+            "Time to generate one chunk.",
+            buckets=(0.1, 0.3, 1, 3, 10, 30, 100),
+            registry=registry,
+        )
+        self._version = Gauge(
+            "rollstream_producer_policy_version", "Version of the weights in use.", registry=registry
+        )
+        self._waits = Counter(
+            "rollstream_producer_wait_seconds_total",
+            "Time spent waiting for room in the broker.",
+            registry=registry,
+        )
+
+    def on_generated(self, num_tokens: int, generation_s: float, policy_version: int) -> None:
+        self._tokens.inc(num_tokens)
+        self._generation.observe(generation_s)
+        self._version.set(policy_version)
+
+    def on_pushed(self, statuses: Sequence[str], wait_s: float) -> None:
+        for status in statuses:
+            self._rollouts.labels(status).inc()
+        self._waits.inc(wait_s)
+
+
+class DispatcherMetrics:
+    """What the dispatcher counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "rollstream_rollouts_requested_total", "Rollouts asked for.", registry=registry
+        )
+        self._reissued = Counter(
+            "rollstream_requests_reissued_total", "Requests run again after a lease ended.", registry=registry
+        )
+        self._failed = Counter(
+            "rollstream_requests_failed_total",
+            "Requests given up, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self._outstanding = Gauge(
+            "rollstream_rollouts_outstanding", "Rollouts asked for and not yet matched.", registry=registry
+        )
+
+    def on_issued(self, num_rollouts: int) -> None:
+        self._requests.inc(num_rollouts)
+
+    def on_reissued(self, num_requests: int) -> None:
+        self._reissued.inc(num_requests)
+
+    def on_failed(self, reason: str) -> None:
+        self._failed.labels(reason).inc()
+
+    def on_status(self, outstanding: int) -> None:
+        self._outstanding.set(outstanding)

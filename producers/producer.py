@@ -1,0 +1,101 @@
+"""Runs one rollout request: follow the policy, generate, push. The loop around it is the RQ worker's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from broker_schemas.broker import Broker
+from broker_schemas.client import SegmentSink
+from broker_schemas.errors import BrokerError, DeadlinePassed
+from broker_schemas.policy import read_policy
+from broker_schemas.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
+from broker_schemas.sample_format.dataset import Sample
+from producers.metrics import ProducerMetrics
+from producers.record_building import build_records
+from producers.rollout_backend import RolloutBackend
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProducerSettings:
+    """``deadline_s`` bounds every wait: for a policy, and for room in the broker."""
+
+    name: str
+    lease: LeaseSettings = field(default_factory=LeaseSettings)
+    deadline_s: float = 120.0
+
+
+@dataclass
+class Producer:
+    """One producer with its model. ``datasets`` maps a purpose to its samples."""
+
+    broker: Broker
+    sink: SegmentSink
+    backend: RolloutBackend
+    datasets: Mapping[str, Sequence[Sample]]
+    metrics: ProducerMetrics
+    settings: ProducerSettings
+
+    def run(self, request: RolloutRequest) -> list[str]:
+        """Generate and push the records of ``request``; return what the broker said of each.
+
+        A request that is closed already is left alone: an empty list.
+        Raises BrokerError, DataError, DeadlinePassed; nothing is pushed then, or all of it.
+        """
+        if not renew_lease(self.broker, request.request_id, self.settings.lease):
+            return []
+        with self._lease_kept(request.request_id):
+            self._follow_policy()
+            samples = [self.datasets[request.purpose][index] for index, _ in request.samples]
+            started_s = time.monotonic()
+            generations = self.backend.generate(samples, [seed for _, seed in request.samples])
+            generation_s = time.monotonic() - started_s
+            records = build_records(
+                request,
+                samples,
+                generations,
+                processor_fingerprint=self.backend.processor_fingerprint,
+                producer=self.settings.name,
+                generated_at_ms=int(time.time() * 1000),
+                generation_ms=int(generation_s * 1000),
+            )
+            num_tokens = sum(len(item.response_token_ids) for item in generations)
+            self.metrics.on_generated(num_tokens, generation_s, self.backend.policy_version)
+            pushing_s = time.monotonic()
+            statuses = self.sink.push_when_room(records, deadline_s=self.settings.deadline_s)
+            self.metrics.on_pushed(statuses, time.monotonic() - pushing_s)
+        return list(statuses)
+
+    def _follow_policy(self) -> None:
+        give_up_at = time.monotonic() + self.settings.deadline_s
+        while (policy := read_policy(self.broker)) is None:
+            if time.monotonic() > give_up_at:
+                raise DeadlinePassed(
+                    f"producer {self.settings.name}: no policy was published in "
+                    f"{self.settings.deadline_s:g} s; is the learner running?"
+                )
+            time.sleep(0.1)
+        self.backend.follow(policy)
+
+    @contextmanager
+    def _lease_kept(self, request_id: str) -> Iterator[None]:
+        """Renew the lease from a thread while the body works; a lost broker shows in the body itself."""
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(self.settings.lease.lease_ms / 3000):
+                try:
+                    renew_lease(self.broker, request_id, self.settings.lease)
+                except BrokerError:
+                    continue
+
+        keeper = threading.Thread(target=renew, name=f"lease-{request_id}", daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            keeper.join()
