@@ -1,0 +1,96 @@
+"""Metrics of matcher and packer, on a registry passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class MatcherMetrics:
+    """What a matcher counts; the counters of M-12 by name."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._verdicts = Counter(
+            "rollstream_matches_total", "Rollouts committed, by outcome.", ["outcome"], registry=registry
+        )
+        self._rejected = Counter(
+            "rollstream_match_rejections_total",
+            "Rollouts rejected, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self._objects = Counter(
+            "rollstream_rollout_objects_total",
+            "Objects and rollouts counted while parsing and matching, by what they were.",
+            ["counter"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "rollstream_match_seconds",
+            "Time to parse, match and build one batch, over its rollouts.",
+            buckets=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+            registry=registry,
+        )
+
+    def on_batch(self, statuses: Sequence[str], seconds: float) -> None:
+        for status in statuses:
+            self._verdicts.labels(status).inc()
+        if statuses:
+            self._seconds.observe(seconds / len(statuses))
+
+    def on_rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
+
+    def on_counters(self, counters: Mapping[str, int]) -> None:
+        for name, number in counters.items():
+            self._objects.labels(name).inc(number)
+
+
+class PackerMetrics:
+    """What the packer counts; names of P-11 in the training log are in brackets."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._packs = Counter(
+            "rollstream_packs_total", "Packs made, by why they left.", ["reason"], registry=registry
+        )
+        self._fill = Histogram(
+            "rollstream_pack_fill_ratio",
+            "Tokens of a pack over its capacity (packing/post_rollout_fill).",
+            buckets=(0.25, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 1.0),
+            registry=registry,
+        )
+        self._segments = Counter(
+            "rollstream_packed_segments_total",
+            "Segments packed (packing/post_rollout_segments).",
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "rollstream_packed_tokens_total",
+            "Tokens packed (packing/post_rollout_selected_total_len).",
+            registry=registry,
+        )
+        self._buffer = Gauge(
+            "rollstream_pack_buffer_segments",
+            "Segments held (packing/post_rollout_buffer).",
+            registry=registry,
+        )
+        self._dropped = Counter(
+            "rollstream_packer_dropped_packs_total",
+            "Packs dropped, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+
+    def on_pack(self, *, reason: str, fill_ratio: float, num_segments: int, num_tokens: int) -> None:
+        self._packs.labels(reason).inc()
+        self._fill.observe(fill_ratio)
+        self._segments.inc(num_segments)
+        self._tokens.inc(num_tokens)
+
+    def on_dropped(self, *, stale: int, overflow: int) -> None:
+        self._dropped.labels("stale").inc(stale)
+        self._dropped.labels("overflow").inc(overflow)
+
+    def on_buffer(self, num_segments: int) -> None:
+        self._buffer.set(num_segments)

@@ -1,0 +1,140 @@
+"""The packer of the on-policy variants: waits for all rollouts of the open step, then seals its packs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from broker_schemas.errors import BrokerError, RunStopped
+from broker_schemas.packer_door import PackerDoor, PendingDescriptor, PlannedPack
+from broker_schemas.packs import ReadyPack
+from broker_schemas.status import OpenStep, read_status
+from consumers.metrics import PackerMetrics
+from consumers.packing import PackingError
+from consumers.step_plans import StepPlan
+
+log = logging.getLogger(__name__)
+READ_COUNT = 512
+# (lengths of carried segments, lengths of the step's own) -> plan
+Planner = Callable[[Sequence[int], Sequence[int]], StepPlan]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPackerSettings:
+    """``capacity`` is tokens a pack."""
+
+    world_size: int
+    capacity: int
+    block_ms: int = 100
+
+
+class StepPacker:
+    """One packer process. Raises RunStopped for a step that cannot be packed: nothing else would help."""
+
+    def __init__(
+        self, door: PackerDoor, plan: Planner, metrics: PackerMetrics, settings: StepPackerSettings
+    ) -> None:
+        self._door = door
+        self._plan = plan
+        self._metrics = metrics
+        self._settings = settings
+        self._held: dict[str, PendingDescriptor] = {}
+        self._taken_over = False
+
+    def loop(self, stop: threading.Event) -> None:
+        """Step until ``stop``; a broker that is away is waited for."""
+        while not stop.is_set():
+            try:
+                self.step()
+            except BrokerError as exc:
+                log.warning("packer: %s; trying again", exc)
+                stop.wait(1.0)
+
+    def step(self) -> int:
+        """Read once and seal the open step if it is complete; return the number of packs made."""
+        self._read()
+        open_step = read_status(self._door.broker, self._settings.world_size).open_step
+        if open_step is None or open_step.sealed:
+            return 0
+        own = [
+            item for item in self._held.values() if item.descriptor.optimizer_step == open_step.optimizer_step
+        ]
+        if len(own) < open_step.num_rollouts:
+            return 0
+        carried = [
+            item for item in self._held.values() if item.descriptor.optimizer_step != open_step.optimizer_step
+        ]
+        return self._seal(open_step, carried, sorted(own, key=_request_order))
+
+    def _read(self) -> None:
+        if not self._taken_over:
+            start_id, first = b"0-0", True
+            while first or start_id != b"0-0":
+                start_id, batch = self._door.take_over(start_id=start_id)
+                self._held.update({item.descriptor.record_id: item for item in batch})
+                first = False
+            self._taken_over = True
+        for item in self._door.read(count=READ_COUNT, block_ms=self._settings.block_ms):
+            self._held[item.descriptor.record_id] = item
+
+    def _seal(
+        self, open_step: OpenStep, carried: Sequence[PendingDescriptor], own: Sequence[PendingDescriptor]
+    ) -> int:
+        started_s = time.monotonic()
+        try:
+            plan = self._plan(_lengths(carried), _lengths(own))
+        except PackingError as exc:
+            raise RunStopped(f"optimizer step {open_step.optimizer_step} cannot be packed: {exc}") from exc
+        everything = [*carried, *own]
+        planned = [
+            self._planned_pack(rank, [everything[index] for index in indices])
+            for rank, packs in enumerate(plan)
+            for indices in packs
+            if indices
+        ]
+        commit = self._door.commit(
+            planned, oldest_policy_version=0, queue_limit=0, sealed_step=open_step.optimizer_step
+        )
+        for name in commit.gone or [name for item in planned for name in item.pack.segment_ids]:
+            self._held.pop(name, None)
+        if not commit.num_packs:
+            return 0
+        for item in planned:
+            self._metrics.on_pack(
+                reason="sealed",
+                fill_ratio=item.pack.fill,
+                num_segments=len(item.pack.segment_ids),
+                num_tokens=item.pack.total_tokens,
+            )
+        self._metrics.on_buffer(len(self._held))
+        log.info(
+            "packer: step %d sealed, %d packs, %d carried, %.0f ms",
+            open_step.optimizer_step,
+            commit.num_packs,
+            len(self._held),
+            1000 * (time.monotonic() - started_s),
+        )
+        return commit.num_packs
+
+    def _planned_pack(self, rank: int, items: Sequence[PendingDescriptor]) -> PlannedPack:
+        lengths = tuple(item.descriptor.encoded_length for item in items)
+        pack = ReadyPack(
+            pack_id=f"p.{items[0].descriptor.record_id}",
+            segment_ids=tuple(item.descriptor.record_id for item in items),
+            lengths=lengths,
+            policy_version=min(item.descriptor.policy_version for item in items),
+            fill=sum(lengths) / self._settings.capacity,
+        )
+        return PlannedPack(rank=rank, pack=pack, entry_ids=tuple(item.entry_id for item in items))
+
+
+def _lengths(items: Sequence[PendingDescriptor]) -> list[int]:
+    return [item.descriptor.encoded_length for item in items]
+
+
+def _request_order(item: PendingDescriptor) -> tuple[str, int]:
+    request_id, _, index = item.descriptor.record_id.rpartition(".")
+    return request_id, int(index) if index.isdigit() else 0

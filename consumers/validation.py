@@ -1,0 +1,152 @@
+"""Strict validation of one object's JSON: what it is, or the one reason why it is dropped.
+
+Owns the reasons and their order (section 4, 9); it must not know where the object stood in a rollout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from broker_schemas.sample_format.coordinates import coordinate_token
+
+Geometry = Literal["bbox_2d", "poly"]
+DropReason = Literal[
+    "malformed_json",
+    "key_invalid",
+    "duplicate_key",
+    "missing_desc",
+    "missing_geom",
+    "unknown_geom",
+    "wrong_arity",
+    "non_coord_token",
+    "bbox_invalid",
+    "unbalanced",
+]
+# In the order in which they are looked for; `unbalanced` is found by the scan, before any of the others.
+DROP_REASONS: Final[tuple[DropReason, ...]] = (
+    "malformed_json",
+    "key_invalid",
+    "duplicate_key",
+    "missing_desc",
+    "missing_geom",
+    "unknown_geom",
+    "wrong_arity",
+    "non_coord_token",
+    "bbox_invalid",
+    "unbalanced",
+)
+_GEOMETRIES: Final[tuple[Geometry, ...]] = ("bbox_2d", "poly")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidObject:
+    """An object that passed: its text and its geometry; the bins are those of its captured tokens."""
+
+    desc: str
+    geometry: Geometry
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the JSON value in ``data``, a map as its list of (key, value) pairs so that repeated keys show.
+
+    Raises ValueError for anything that is no strict JSON in UTF-8: NaN and infinities, lone surrogates, and
+    nesting deeper than the interpreter's stack included.
+    """
+    try:
+        text = data.decode()
+        value = _DECODER.decode(text)
+        if "\\u" in text:
+            json.dumps(_plain(value), ensure_ascii=False).encode()
+    except RecursionError as exc:
+        raise ValueError(f"json: nested too deep, at {len(data)} bytes") from exc
+    return value
+
+
+def validate_object(
+    span: bytes, number: int, seen_numbers: Collection[int], captured_bins: Sequence[int]
+) -> ValidObject | DropReason:
+    """Return what the object ``{…}`` in ``span`` is, or the first reason that speaks against it.
+
+    ``seen_numbers`` are the numbers of all keys before it; ``captured_bins`` the bins of the coordinate
+    tokens inside its open lists, in order.
+    """
+    try:
+        pairs: _Pairs = parse_json(span)
+    except ValueError:
+        return "malformed_json"
+    if _has_invalid_keys(pairs):
+        return "key_invalid"
+    if number in seen_numbers:
+        return "duplicate_key"
+    fields = dict(pairs)
+    desc = fields.pop("desc", None)
+    if not isinstance(desc, str) or not desc.strip():
+        return "missing_desc"
+    if not fields:
+        return "missing_geom"
+    ((name, value),) = fields.items()
+    for geometry in _GEOMETRIES:
+        if name == geometry:
+            reason = _geometry_problem(geometry, value, captured_bins)
+            return reason or ValidObject(desc=desc, geometry=geometry)
+    return "unknown_geom"
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON map as it was written; its own type tells it from a JSON list."""
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"json: got {name}, expected a number")
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Pairs):
+        return [[key, _plain(item)] for key, item in value]
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _has_invalid_keys(pairs: _Pairs) -> bool:
+    """Foreign, repeated or contradicting keys; a lone unknown key with a list is an unknown geometry."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        return True
+    others = [(name, value) for name, value in pairs if name != "desc"]
+    if len(others) > 1:
+        return True
+    return any(name not in _GEOMETRIES and not _is_list(value) for name, value in others)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and not isinstance(value, _Pairs)
+
+
+def _geometry_problem(geometry: Geometry, value: Any, captured_bins: Sequence[int]) -> DropReason | None:
+    values = _flat_values(geometry, value)
+    if values is None or len(values) != len(captured_bins):
+        return "wrong_arity"
+    if any(text != coordinate_token(index) for text, index in zip(values, captured_bins, strict=True)):
+        return "non_coord_token"
+    if geometry == "poly":
+        return None
+    x1, y1, x2, y2 = captured_bins
+    return "bbox_invalid" if x2 <= x1 or y2 <= y1 else None
+
+
+def _flat_values(geometry: Geometry, value: Any) -> list[Any] | None:
+    """Return the values of a list with as many as its geometry needs, else None; a polygon may be flat."""
+    if not _is_list(value):
+        return None
+    if geometry == "bbox_2d":
+        return list(value) if len(value) == 4 else None
+    if value and all(_is_list(item) for item in value):
+        if any(len(item) != 2 for item in value):
+            return None
+        value = [coordinate for point in value for coordinate in point]
+    return list(value) if len(value) >= 6 and len(value) % 2 == 0 else None

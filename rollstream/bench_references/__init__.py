@@ -1,0 +1,1 @@
+"""The plain ways of doing what rollstream does fast, to be measured against."""

@@ -1,0 +1,87 @@
+"""Evaluation results: counts, scores, and the way through bytes and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from broker_schemas.errors import MalformedRecord
+from broker_schemas.sample_format.payload import render_payload
+from consumers.evaluation_result import EvaluationResult
+from consumers.record_matching import match_record
+from tests.segment_builders import IMAGE, make_rollout, make_tools
+from tests.tokenizer_builders import coord_vocabulary, make_box, make_polygon, plain_tokenizer
+
+TRUTH = [make_box("far", (1, 1, 40, 40)), make_box("near"), make_polygon()]
+SAID = [make_box("near"), make_box("wrong", (900, 900, 990, 990))]
+
+
+def evaluated(**changes: Any) -> EvaluationResult:
+    response = render_payload(SAID).text + "<|im_end|>"
+    outcome = match_record(
+        make_rollout(TRUTH, response=response, purpose="evaluation", **changes), make_tools(1)
+    )
+    assert outcome.segment is None
+    assert outcome.evaluation is not None
+    return outcome.evaluation
+
+
+@pytest.mark.req("P-12", "M-12")
+def test_an_evaluation_record_gives_counts_and_is_never_turned_into_a_segment() -> None:
+    result = evaluated()
+    assert (result.num_predictions, result.num_ground_truth, result.num_matched) == (2, 3, 1)
+    assert (result.num_false_positives, result.num_false_negatives) == (1, 2)
+    assert [item.shape for item in result.predictions] == SAID
+    assert result.ground_truth == tuple(TRUTH)
+    assert result.image == IMAGE
+    assert not result.truncated
+    assert result.rollout_text == render_payload(SAID).text + "<|im_end|>"
+
+
+@pytest.mark.req("M-12")
+def test_without_log_probabilities_only_the_constant_score_is_there() -> None:
+    assert [(item.score, item.logprob_score) for item in evaluated().predictions] == [
+        (1.0, None),
+        (1.0, None),
+    ]
+
+
+@pytest.mark.req("M-12")
+def test_the_score_is_the_mean_log_probability_of_the_objects_own_coordinates() -> None:
+    ids = make_rollout(TRUTH, response=render_payload(SAID).text + "<|im_end|>").response_token_ids.tolist()
+    by_id = coord_vocabulary(plain_tokenizer()).bin_by_id
+    coordinates = [i for i, token_id in enumerate(ids) if token_id in by_id]
+    logprobs = np.full(len(ids), -50.0, np.float32)
+    logprobs[coordinates] = [-0.5, -1.0, -1.5, -2.0, -0.25, -0.25, -0.25, -0.25]
+    scores = [item.logprob_score for item in evaluated(response_logprobs=logprobs).predictions]
+    assert scores == pytest.approx([math.exp(-1.25), math.exp(-0.25)])
+
+
+def test_a_result_survives_msgpack_and_json() -> None:
+    result = dataclasses.replace(evaluated(), truncated=True, dropped={"wrong_arity": 2})
+    body = result.to_body()
+    assert EvaluationResult.from_body(msgpack.unpackb(msgpack.packb(body))) == result
+    assert EvaluationResult.from_body(json.loads(json.dumps(body))) == result
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_matched", 4),
+        ("truncated", 2),
+        ("image", 5),
+        ("predictions", [{"desc": "a", "bbox_2d": [1, 2, 3, 4], "score": 2}]),
+        ("predictions", [{"desc": "a", "bbox_2d": [1, 2, 3, 4], "score": 1, "logprob_score": "x"}]),
+        ("predictions", [{"desc": "a", "bbox_2d": [1, 2, 3, 4]}]),
+        ("ground_truth", [{"desc": "a"}]),
+    ],
+)
+def test_a_body_that_contradicts_itself_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(MalformedRecord):
+        EvaluationResult.from_body({**evaluated().to_body(), field: value})
