@@ -1,0 +1,176 @@
+"""Checkpoints: whole directories that hold weights, optimizer, random state and place in the run.
+
+The weights are an ordinary Hugging Face folder; everything else is safetensors and JSON, so that loading one
+executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from broker_schemas.errors import RunStopped
+from learner.whole_directory import copy_companions, keep_last, numbered_directories, whole_directory
+
+PREFIX: Final = "checkpoint-"
+FORMAT: Final = 1
+_STATE_FILE: Final = "trainer_state.json"
+_OPTIMIZER_FILE: Final = "optimizer.safetensors"
+_RANDOM_FILE: Final = "random_state.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerState:
+    """Where a run stands. ``optimizer_step``: steps done, so the number of the next one.
+
+    ``dataset_position``: ground-truth places passed. ``best_f1`` and ``evaluations_since_best`` serve early
+    stopping; -1 before the first evaluation.
+    """
+
+    optimizer_step: int
+    policy_version: int = 0
+    dataset_position: int = 0
+    best_f1: float = -1.0
+    evaluations_since_best: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
+
+
+def write_checkpoint(
+    parent: Path,
+    *,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    companions: Path,
+    num_kept: int,
+) -> Path:
+    """Write ``checkpoint-<optimizer_step>`` whole, then drop all but the ``num_kept`` latest; return its
+    path.
+
+    ``companions`` is the model folder whose tokenizer and processor files are copied.
+    Raises RunStopped when the disk refuses; earlier checkpoints stay as they are.
+    """
+    final = parent / f"{PREFIX}{state.optimizer_step}"
+    with whole_directory(final) as staging:
+        try:
+            save_model_folder(model, staging, companions)
+            save_file(optimizer_tensors(model, optimizer), staging / _OPTIMIZER_FILE)
+            save_file(_random_tensors(), staging / _RANDOM_FILE)
+        except SafetensorError as exc:  # a full disk comes as the library's own error
+            raise OSError(str(exc)) from exc
+        body = {"format": FORMAT, **asdict(state)}
+        (staging / _STATE_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    keep_last(parent, PREFIX, num_kept)
+    return final
+
+
+def latest_checkpoint(parent: Path) -> Path | None:
+    """Return the checkpoint with the highest optimizer step, None without one; half-written ones do not
+    count.
+    """
+    found = [path for _, path in numbered_directories(parent, PREFIX) if (path / _STATE_FILE).is_file()]
+    return found[-1] if found else None
+
+
+def read_trainer_state(checkpoint: Path) -> TrainerState:
+    """Return the state in ``checkpoint``; raises RunStopped for one that is broken or of a later format."""
+    path = checkpoint / _STATE_FILE
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        found = body.pop("format")
+        if found != FORMAT:
+            raise RunStopped(
+                f"{path}: got format {found}, expected {FORMAT}; use the rollstream that wrote it"
+            )
+        return TrainerState(**body)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise RunStopped(
+            f"{path}: not a trainer state ({exc}); remove this checkpoint to resume from the one before"
+        ) from exc
+
+
+def restore_checkpoint(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Load weights, optimizer and random state into what is given; return the trainer state.
+
+    Raises RunStopped naming the file and what does not fit.
+    """
+    state = read_trainer_state(checkpoint)
+    load_weights(checkpoint, model)
+    load_optimizer_tensors(_read_tensors(checkpoint / _OPTIMIZER_FILE), model, optimizer)
+    random_state = _read_tensors(checkpoint / _RANDOM_FILE)
+    torch.set_rng_state(random_state["cpu"])
+    return state
+
+
+def save_model_folder(model: Any, folder: Path, companions: Path) -> None:
+    """Write weights, model config and the companion files of a Hugging Face folder into ``folder``."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    copy_companions(companions, folder)
+
+
+def load_weights(folder: Path, model: Any) -> None:
+    """Load the safetensors weights of a Hugging Face folder into ``model``, to the bit; raises RunStopped."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise RunStopped(f"{folder}: no model*.safetensors, expected the weights of a checkpoint")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        tensors |= _read_tensors(path)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    untied = set(missing) - set(getattr(model, "all_tied_weights_keys", None) or {})
+    if untied or unexpected:
+        raise RunStopped(
+            f"{folder}: weights of another model, missing {sorted(untied)[:3]}, unexpected "
+            f"{list(unexpected)[:3]}; "
+            "give the model that the checkpoint was made with"
+        )
+
+
+def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's tensors as ``<parameter name>/<entry>``, on the CPU; empty before its first
+    step.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            # clone: AdamW's step counters may share storage, which safetensors refuses
+            tensors[f"{name}/{entry}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(tensors: dict[str, Tensor], model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Give ``optimizer`` the tensors of ``optimizer_tensors``; raises RunStopped for unknown parameters."""
+    by_name = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition("/")
+        if name not in by_name:
+            raise RunStopped(
+                f"optimizer state of {name}: the model has no such parameter, expected the same model"
+            )
+        parameter = by_name[name]
+        device = torch.device("cpu") if entry == "step" else parameter.device
+        optimizer.state[parameter][entry] = value.to(device)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as exc:
+        raise RunStopped(
+            f"{path}: cannot be read ({exc}); remove this checkpoint to resume from the one before"
+        ) from exc
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    return {"cpu": torch.get_rng_state()}

@@ -1,0 +1,43 @@
+"""The learner's port without a queue: every step is an A step, as in the warm start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from broker_schemas.errors import RunStopped
+from broker_schemas.packs import StepClaim
+from broker_schemas.records import MatchedSegment
+
+
+class GroundTruthOnlyBroker:
+    """Answers every claim with A, keeps nothing; raises RunStopped where the schedule asks for rollouts."""
+
+    def claim_step(
+        self, *, optimizer_step: int, scheduled_kind: Literal["A", "B"], policy_version: int
+    ) -> StepClaim:
+        if scheduled_kind == "B":
+            raise RunStopped(
+                f"optimizer step {optimizer_step}: the schedule asks for rollouts but this run has no queue; "
+                "set b_ratio to 0 or start the whole stack with `rollstream up`"
+            )
+        return StepClaim(
+            optimizer_step=optimizer_step, kind="A", reason="schedule", policy_version=policy_version
+        )
+
+    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
+        if segment_ids:
+            raise RunStopped(f"segments {list(segment_ids)[:3]}: got a request without a queue to fetch from")
+        return []
+
+    def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
+        """Do nothing: there is no queue to tell."""
+
+    def settle_checkpoint(self, *, optimizer_step: int) -> None:
+        """Do nothing: no claim waits for a checkpoint."""
+
+    def publish_policy(self, *, policy_version: int, optimizer_step: int, weights_path: str) -> None:
+        """Do nothing: nobody follows the weights."""
+
+    def close(self) -> None:
+        """Do nothing: no connection is held."""

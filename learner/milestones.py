@@ -1,0 +1,153 @@
+"""What happens between steps: resume, publish, evaluate, checkpoint; mostly rank 0, at all ranks' pace."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from learner import checkpoints, weights
+from learner.checkpoints import TrainerState
+from learner.distributed import Ranks
+from learner.early_stopping import note_evaluation, stop_reason
+from learner.metrics import LearnerMetrics
+from learner.ports import Evaluate
+from learner.settings import LearnerSettings
+from learner.step_report import LogRow
+from learner.step_rows import RowSources
+from learner.stop_request import StopRequest
+from learner.training_log import TrainingLog
+
+LOG = logging.getLogger("rollstream.learner")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerParts:
+    """What the wiring hands to the loop of one rank.
+
+    ``log``, ``evaluation_log`` and ``evaluate`` are used on rank 0 alone and may be None elsewhere.
+    ``on_step`` is called on rank 0 with each row of the training log, for a progress display.
+    """
+
+    model: Any
+    ranks: Ranks
+    sources: RowSources
+    metrics: LearnerMetrics
+    stop: StopRequest
+    log: TrainingLog | None = None
+    evaluation_log: TrainingLog | None = None
+    evaluate: Evaluate | None = None
+    on_step: Callable[[LogRow], None] = lambda row: None
+    clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
+
+
+class Milestones:
+    """Every method is called by all ranks, in the same order."""
+
+    def __init__(
+        self, parts: LearnerParts, settings: LearnerSettings, model: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._parts = parts
+        self._settings = settings
+        self._ranks = parts.ranks
+        self._broker = parts.sources.broker
+        self._model = model
+        self._optimizer = optimizer
+        self._covered_step = -1
+
+    def resume(self) -> TrainerState:
+        """Load the latest checkpoint that rank 0 sees, if there is one; return where the run stands."""
+        found = None
+        if self._ranks.is_first:
+            latest = checkpoints.latest_checkpoint(self._settings.checkpoints_dir)
+            found = None if latest is None else latest.name
+        name = self._ranks.broadcast(found, what="choice of the checkpoint to resume from")
+        if name is None:
+            return TrainerState(optimizer_step=0)
+        path = self._settings.checkpoints_dir / name
+        state = checkpoints.restore_checkpoint(path, self._model, self._optimizer)
+        self._covered_step = state.optimizer_step
+        if self._ranks.is_first:
+            # a kill between writing a checkpoint and settling it left the claims open
+            self._broker.settle_checkpoint(optimizer_step=state.optimizer_step)
+        LOG.info("resumed from %s at optimizer step %d", path, state.optimizer_step)
+        return state
+
+    def publish_if_due(self, state: TrainerState) -> None:
+        """Publish after each ``sync_every_steps`` steps [V-6]."""
+        if weights.is_publication_due(state.optimizer_step, self._settings.sync_every_steps):
+            self.publish(state)
+
+    def publish(self, state: TrainerState) -> None:
+        """Publish the current policy version: barrier, publish, barrier [V-2]."""
+        settings = self._settings
+        policy_version = weights.policy_version_at(state.optimizer_step, settings.sync_every_steps)
+        if not settings.is_policy_published:
+            return
+        what = f"publication of policy version {policy_version}"
+        self._ranks.barrier(what=f"start of the {what}")
+        if self._ranks.is_first:
+            path = weights.publish_weights(
+                settings.policy_dir,
+                model=self._model,
+                policy_version=policy_version,
+                companions=settings.companions,
+                num_kept=settings.num_policies_kept,
+            )
+            self._broker.publish_policy(
+                policy_version=policy_version, optimizer_step=state.optimizer_step, weights_path=str(path)
+            )
+        self._ranks.barrier(what=f"end of the {what}")
+        self._parts.metrics.on_policy_published(policy_version)
+
+    def evaluate_if_due(self, state: TrainerState) -> tuple[TrainerState, str | None]:
+        """Evaluate where it is due; return the state after it and why the run ends, None when it goes on."""
+        settings, done = self._settings, state.optimizer_step
+        is_due = settings.eval_every_steps > 0 and (
+            done % settings.eval_every_steps == 0 or done == settings.max_steps
+        )
+        if not is_due:
+            return state, None
+        results: dict[str, float] = {}
+        if self._ranks.is_first and self._parts.evaluate is not None:
+            results = self._parts.evaluate(self._model, done)
+            self._model.train()
+            if self._parts.evaluation_log is not None:
+                self._parts.evaluation_log.write({"optimizer_step": done - 1, **results})
+        what = f"evaluation after optimizer step {done - 1}"
+        results = self._ranks.broadcast(results, what=what, timeout_s=settings.evaluation_timeout_s)
+        self._parts.metrics.on_evaluation(results)
+        if "eval_rollout_f1" not in results:
+            return state, None
+        f1 = results["eval_rollout_f1"]
+        noted = note_evaluation(state, f1)
+        return noted, stop_reason(noted, f1, settings.early_stop)
+
+    def checkpoint_if_due(self, state: TrainerState) -> None:
+        """Write a checkpoint after each ``save_every_steps`` steps."""
+        every = self._settings.save_every_steps
+        if every > 0 and state.optimizer_step % every == 0:
+            self.checkpoint(state)
+
+    def checkpoint(self, state: TrainerState) -> None:
+        """Write a checkpoint unless one covers this step, then settle the claims that it covers [Q-10]."""
+        done = state.optimizer_step
+        if done == self._covered_step:
+            return
+        if self._ranks.is_first:
+            checkpoints.write_checkpoint(
+                self._settings.checkpoints_dir,
+                model=self._model,
+                optimizer=self._optimizer,
+                state=state,
+                companions=self._settings.companions,
+                num_kept=self._settings.num_checkpoints_kept,
+            )
+            self._broker.settle_checkpoint(optimizer_step=done)
+        self._covered_step = done
+        self._parts.metrics.on_checkpoint(done)

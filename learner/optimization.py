@@ -1,0 +1,84 @@
+"""AdamW and its learning rate as a pure function of the optimizer step, so that a resume needs no scheduler
+state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSettings:
+    """``learning_rate``: its peak. ``warmup_steps``: optimizer steps of linear rise. ``schedule``: what
+    follows.
+
+    ``max_steps``: where ``cosine`` and ``linear`` reach ``smallest_fraction`` of the peak.
+    ``max_grad_norm``: clipping of the global gradient norm, 0 for none.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    max_steps: int = 1000
+    smallest_fraction: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.max_steps < 1 or self.warmup_steps < 0 or self.max_grad_norm < 0:
+            raise ValueError(
+                f"optimization: got learning_rate {self.learning_rate}, max_steps {self.max_steps}, "
+                "warmup_steps "
+                f"{self.warmup_steps}, max_grad_norm {self.max_grad_norm}; expected > 0, >= 1, >= 0, >= 0"
+            )
+
+
+def learning_rate_at(optimizer_step: int, settings: OptimizationSettings) -> float:
+    """Return the learning rate of optimizer step ``optimizer_step`` (from 0); past ``max_steps`` its last
+    value.
+    """
+    if optimizer_step < settings.warmup_steps:
+        return settings.learning_rate * (optimizer_step + 1) / settings.warmup_steps
+    decay_steps = max(settings.max_steps - settings.warmup_steps, 1)
+    progress = min((optimizer_step - settings.warmup_steps) / decay_steps, 1.0)
+    falling = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": (1.0 + math.cos(math.pi * progress)) / 2,
+    }[settings.schedule]
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * (settings.smallest_fraction + (1 - settings.smallest_fraction) * falling)
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizationSettings
+) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters; weight decay is for matrices only, not for norms and
+    biases.
+    """
+    trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every parameter group of ``optimizer`` this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

@@ -1,0 +1,66 @@
+"""What the learner's loop needs from outside, as protocols; the wiring hands it the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from broker_schemas.packs import StepClaim
+from broker_schemas.records import ImageReference, MatchedSegment
+from learner.collation import SegmentPixels
+
+Evaluate = Callable[[Any, int], dict[str, float]]
+"""(model, optimizer steps done) -> metrics, keys of ROLLOUT_MATCHING section 10; called on rank 0."""
+
+
+class LearnerBroker(Protocol):
+    """The learner's door to the queue. Every rank has one; all of them call only ``fetch_segments``."""
+
+    def claim_step(
+        self, *, optimizer_step: int, scheduled_kind: Literal["A", "B"], policy_version: int
+    ) -> StepClaim | None:
+        """Return the decision for the step, or None while it is open: ask again. An answer is final."""
+        ...
+
+    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
+        """Return the segments in the order asked."""
+        ...
+
+    def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
+        """Record that the step was trained; repeatable."""
+        ...
+
+    def settle_checkpoint(self, *, optimizer_step: int) -> None:
+        """Record that a checkpoint covers every step below ``optimizer_step``, the number of steps done."""
+        ...
+
+    def publish_policy(self, *, policy_version: int, optimizer_step: int, weights_path: str) -> None:
+        """Make a policy version current; repeatable."""
+        ...
+
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+class GroundTruthSource(Protocol):
+    """Channel A: segments of ground-truth samples, a pure function of step and place."""
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of every A step over all ranks."""
+        ...
+
+    def load_items(
+        self, optimizer_step: int, places: Sequence[int], policy_version: int
+    ) -> list[tuple[MatchedSegment, SegmentPixels]]:
+        """Return the segments at ``places`` of the step, in that order."""
+        ...
+
+
+class PixelSource(Protocol):
+    """Opens the images that a rollout's segment names."""
+
+    def load_pixels(self, images: Sequence[ImageReference]) -> SegmentPixels | None:
+        """Return the pixels of ``images``, None for none."""
+        ...

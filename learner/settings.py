@@ -1,0 +1,71 @@
+"""Plain values of one learner process; the wiring fills them from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from learner.losses import LossSettings
+from learner.optimization import OptimizationSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopSettings:
+    """When validation F1 ends a run: at ``target_f1``, or after ``patience`` evaluations without a better
+    one.
+    """
+
+    target_f1: float | None = None
+    patience: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSettings:
+    """What one rank of the loop needs to know.
+
+    ``run_dir``: folder of the run; ``companions``: model folder whose tokenizer and processor files go with
+    the weights. ``b_ratio``: exact decimal, 1 for ``rollout_matching_sft``.
+    ``gradient_accumulation_steps``: rows that an A step is cut into on each rank; B steps bring their own
+    packs. ``row_capacity_tokens``: the packing length. ``save_every_steps``, ``eval_every_steps``:
+    optimizer steps, 0 only at the end and never. ``evaluation_timeout_s``: how long the other ranks wait
+    for rank 0's evaluation.
+    """
+
+    run_dir: Path
+    companions: Path
+    loss: LossSettings
+    optimization: OptimizationSettings
+    max_steps: int
+    b_ratio: str = "0"
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
+    row_capacity_tokens: int = 2048
+    sync_every_steps: int = 1
+    save_every_steps: int = 50
+    eval_every_steps: int = 0
+    num_checkpoints_kept: int = 2
+    num_policies_kept: int = 4
+    is_policy_published: bool = True
+    stall_timeout_s: float = 300.0
+    evaluation_timeout_s: float = 3600.0
+    early_stop: EarlyStopSettings = EarlyStopSettings()
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    @property
+    def policy_dir(self) -> Path:
+        return self.run_dir / "policy"
+
+    @property
+    def train_log(self) -> Path:
+        return self.run_dir / "train_log.jsonl"
+
+    @property
+    def evaluation_log(self) -> Path:
+        return self.run_dir / "evaluation_log.jsonl"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.run_dir / "tensorboard"

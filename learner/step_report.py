@@ -1,0 +1,98 @@
+"""What is reported of one optimizer step: each rank's part, the sum over ranks, and the row of the training
+log.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from broker_schemas.packs import StepClaim
+from learner.step_rows import LoadedRow
+from learner.train_step import LossSums, StepUpdate
+
+LogRow = dict[str, float | int | str]
+
+
+@dataclass
+class RankPart:
+    """One rank's part of a step, gathered while it runs and told to all ranks as JSON.
+
+    ``busy_s``: computing; ``wait_s``: waiting for the decision and for rows.
+    """
+
+    sums: LossSums = field(default_factory=LossSums)
+    counters: Counter[str] = field(default_factory=Counter)
+    lags: list[int] = field(default_factory=list)
+    fills: list[float] = field(default_factory=list)
+    busy_s: float = 0.0
+    wait_s: float = 0.0
+    is_stop_requested: bool = False
+
+    def note_row(self, loaded: LoadedRow) -> None:
+        """Count a row that is about to be trained."""
+        self.counters.update(loaded.counters)
+        self.lags.extend(loaded.lags)
+        self.fills.append(loaded.fill)
+
+    def to_body(self) -> dict[str, Any]:
+        return {**vars(self), "sums": asdict(self.sums), "counters": dict(self.counters)}
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> RankPart:
+        return cls(
+            **{**body, "sums": LossSums(**body["sums"]), "counters": Counter(body["counters"])},
+        )
+
+
+def join_parts(parts: Sequence[RankPart]) -> RankPart:
+    """Return the step over all ranks, in rank order; times are means over the ranks."""
+    joined = RankPart()
+    for part in parts:
+        joined.sums = joined.sums + part.sums
+        joined.counters.update(part.counters)
+        joined.lags.extend(part.lags)
+        joined.fills.extend(part.fills)
+        joined.busy_s += part.busy_s / len(parts)
+        joined.wait_s += part.wait_s / len(parts)
+        joined.is_stop_requested = joined.is_stop_requested or part.is_stop_requested
+    return joined
+
+
+def log_row(claim: StepClaim, joined: RankPart, update: StepUpdate, *, step_s: float, time_ms: int) -> LogRow:
+    """Return the training log's row of a step: one flat map; P-11 and M-12 names for B steps only [M-13]."""
+    sums = joined.sums
+    row: LogRow = {
+        "optimizer_step": claim.optimizer_step,
+        "kind": claim.kind,
+        "reason": claim.reason,
+        "loss": sums.mean("total"),
+        "loss_ce": sums.mean("ce"),
+        "loss_coord": sums.mean("slot"),
+        "loss_coord_soft_ce": sums.mean("soft_ce"),
+        "loss_coord_w1": sums.mean("w1"),
+        "loss_coord_gate": sums.mean("gate"),
+        "loss_coord_prefix": sums.prefix_mean,
+        "loss_coord_tail": sums.tail_mean,
+        "grad_norm": update.grad_norm,
+        "learning_rate": update.learning_rate,
+        "num_segments": sums.num_segments,
+        "num_tokens": sums.num_tokens,
+        "num_packs": sums.num_rows,
+        "policy_version": claim.policy_version,
+        "lag_claimed_mean": sum(joined.lags) / len(joined.lags) if joined.lags else 0.0,
+        "lag_claimed_max": max(joined.lags, default=0),
+        "fill": sum(joined.fills) / len(joined.fills) if joined.fills else 0.0,
+        "wait_s": joined.wait_s,
+        "busy_s": joined.busy_s,
+        "step_s": step_s,
+        "time_ms": time_ms,
+    }
+    if claim.kind == "B":
+        row["packing/post_rollout_fill"] = row["fill"]
+        row["packing/post_rollout_segments"] = sums.num_segments / max(sums.num_rows, 1)
+        row["packing/post_rollout_selected_total_len"] = sums.num_tokens / max(sums.num_rows, 1)
+        row |= {f"rollout/{name}": count for name, count in sorted(joined.counters.items())}
+    return row

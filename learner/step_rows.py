@@ -1,0 +1,173 @@
+"""The packed rows of one rank and step, loaded by a thread while the row before is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from broker_schemas.errors import DataError
+from broker_schemas.packs import ReadyPack, StepClaim
+from broker_schemas.records import MatchedSegment
+from learner.collation import CollationSettings, PackedRow, PositionRule, collate_row
+from learner.dataset_positions import plan_rows, share_of_rank
+from learner.ports import GroundTruthSource, LearnerBroker, PixelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRow:
+    """A row and what is reported about it: ``fill`` of its capacity, ``counters`` of M-12 summed over its
+    segments, ``lags`` in policy versions when claimed, one for each rollout segment.
+    """
+
+    row: PackedRow
+    fill: float
+    counters: Counter[str]
+    lags: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSources:
+    """Where rows come from. ``ground_truth`` may be None where no A step can be, ``pixels`` where no B step
+    can.
+    """
+
+    broker: LearnerBroker
+    ground_truth: GroundTruthSource | None
+    pixels: PixelSource | None
+    collation: CollationSettings
+    positions_of: PositionRule
+
+
+class RowLoader:
+    """Builds the rows of one rank; one worker thread, one row ahead."""
+
+    def __init__(
+        self,
+        sources: RowSources,
+        *,
+        rank: int,
+        world_size: int,
+        row_capacity_tokens: int,
+        gradient_accumulation_steps: int,
+    ) -> None:
+        self._sources = sources
+        self._rank = rank
+        self._world_size = world_size
+        self._capacity_tokens = row_capacity_tokens
+        self._num_micro_steps = gradient_accumulation_steps
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="row-loader")
+        self._ahead: tuple[int, Future[list[LoadedRow]]] | None = None
+
+    def num_segments_in_step(self, claim: StepClaim) -> int:
+        """Return the denominator of the step's loss: its segments over all ranks."""
+        return claim.num_segments if claim.kind == "B" else self._ground_truth(claim).num_segments
+
+    def rows_of(self, claim: StepClaim) -> Iterator[LoadedRow]:
+        """Yield this rank's rows of the step in micro-step order; none where it has no pack."""
+        if claim.kind == "B":
+            yield from self._rollout_rows(claim)
+            return
+        optimizer_step = claim.optimizer_step
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != optimizer_step:
+            yield from self._ground_truth_rows(optimizer_step, claim.policy_version)
+        else:
+            yield from ahead[1].result()
+
+    def load_ahead(self, optimizer_step: int, policy_version: int) -> None:
+        """Start building the A rows of a coming step; what is not asked for afterwards is let go."""
+        self._ahead = (
+            optimizer_step,
+            self._thread.submit(self._ground_truth_rows, optimizer_step, policy_version),
+        )
+
+    def close(self) -> None:
+        """Stop the thread after the row it works on."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _rollout_rows(self, claim: StepClaim) -> Iterator[LoadedRow]:
+        packs = claim.packs[self._rank]
+        if not packs:
+            return
+        names = [name for pack in packs for name in pack.segment_ids]
+        segments = self._sources.broker.fetch_segments(names)
+        if [segment.record_id for segment in segments] != names:
+            raise DataError(
+                f"optimizer step {claim.optimizer_step}: got segments "
+                f"{[segment.record_id for segment in segments]}, expected {names} in this order"
+            )
+        remaining = iter(segments)
+        grouped = [[next(remaining) for _ in pack.segment_ids] for pack in packs]
+        waiting = self._thread.submit(self._rollout_row, packs[0], grouped[0], claim.policy_version)
+        for pack, members in zip(packs[1:], grouped[1:], strict=True):
+            loaded = waiting.result()
+            waiting = self._thread.submit(self._rollout_row, pack, members, claim.policy_version)
+            yield loaded
+        yield waiting.result()
+
+    def _rollout_row(
+        self, pack: ReadyPack, segments: Sequence[MatchedSegment], policy_version: int
+    ) -> LoadedRow:
+        foreign = [segment.record_id for segment in segments if segment.channel != "B"]
+        lengths = [segment.encoded_length for segment in segments]
+        if foreign or lengths != list(pack.lengths):
+            raise DataError(
+                f"pack {pack.pack_id}: got segment lengths {lengths} and segments {foreign} that are not "
+                "of channel B, "
+                f"expected lengths {list(pack.lengths)} and channel B only"
+            )
+        source = self._sources.pixels
+        if source is None:
+            raise DataError(f"pack {pack.pack_id}: got a rollout in a run without a pixel source")
+        pixels = [source.load_pixels(segment.images) for segment in segments]
+        counters: Counter[str] = Counter()
+        for segment in segments:
+            counters.update(segment.counters)
+        return LoadedRow(
+            row=collate_row(segments, pixels, self._sources.collation, self._sources.positions_of),
+            fill=pack.fill,
+            counters=counters,
+            lags=tuple(policy_version - segment.policy_version for segment in segments),
+        )
+
+    def _ground_truth(self, claim: StepClaim) -> GroundTruthSource:
+        if self._sources.ground_truth is None:
+            raise DataError(
+                f"optimizer step {claim.optimizer_step}: got an A step in a run without ground truth"
+            )
+        return self._sources.ground_truth
+
+    def _ground_truth_rows(self, optimizer_step: int, policy_version: int) -> list[LoadedRow]:
+        source = self._sources.ground_truth
+        if source is None:
+            raise DataError(f"optimizer step {optimizer_step}: got an A step in a run without ground truth")
+        places = share_of_rank(source.num_segments, self._rank, self._world_size)
+        items = source.load_items(optimizer_step, places, policy_version)
+        lengths = [segment.encoded_length for segment, _ in items]
+        self._check_lengths([segment for segment, _ in items])
+        plan = plan_rows(
+            lengths, capacity_tokens=self._capacity_tokens, num_micro_steps=self._num_micro_steps
+        )
+        rows = []
+        for indices in plan:
+            row = collate_row(
+                [items[index][0] for index in indices],
+                [items[index][1] for index in indices],
+                self._sources.collation,
+                self._sources.positions_of,
+            )
+            fill = row.num_tokens / self._capacity_tokens
+            rows.append(LoadedRow(row=row, fill=fill, counters=Counter(), lags=()))
+        return rows
+
+    def _check_lengths(self, segments: Sequence[MatchedSegment]) -> None:
+        for segment in segments:
+            if segment.encoded_length > self._capacity_tokens:
+                raise DataError(
+                    f"sample {segment.sample_id}: {segment.encoded_length} tokens, expected at most "
+                    f"{self._capacity_tokens} (training.global_max_length); raise it, lower "
+                    "model.image.max_pixels "
+                    "or take the sample out"
+                )

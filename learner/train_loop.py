@@ -1,0 +1,195 @@
+"""The loop of one learner process: decide, train, commit, publish, evaluate, checkpoint, in this order.
+
+It joins the parts it is handed. Every wait has a deadline, and a failure on one rank ends all of them with
+the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from broker_schemas.packs import StepClaim
+from learner import weights
+from learner.checkpoints import TrainerState
+from learner.collation import PackedRow
+from learner.determinism import seed_step
+from learner.milestones import LearnerParts, Milestones
+from learner.optimization import build_optimizer, learning_rate_at, set_learning_rate
+from learner.settings import LearnerSettings
+from learner.step_decision import decide_step, scheduled_kind
+from learner.step_report import RankPart, join_parts, log_row
+from learner.step_rows import RowLoader
+from learner.train_step import StepUpdate, run_micro_steps, update_weights
+
+__all__ = ["LearnerOutcome", "LearnerParts", "choose_device", "run_learner"]
+
+FINISHED: Final = "finished"
+STOP_REQUESTED: Final = "stop_requested"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerOutcome:
+    """How a run ended on every rank: steps done, and ``finished``, ``stop_requested`` or an early stop."""
+
+    optimizer_step: int
+    reason: str
+
+
+def run_learner(parts: LearnerParts, settings: LearnerSettings) -> LearnerOutcome:
+    """Train until ``max_steps``, an early stop or a stop request, from the latest checkpoint if there is one.
+
+    All ranks call it. Returns the same outcome on all of them after the last checkpoint is written.
+    Raises RunStopped, with the same reason on every rank.
+    """
+    loop = _Loop(parts, settings)
+    try:
+        return loop.run()
+    except Exception as error:
+        stop = parts.ranks.announce_failure(error)
+        if stop is error:
+            raise
+        raise stop from error
+    finally:
+        loop.close()
+
+
+class _Loop:
+    def __init__(self, parts: LearnerParts, settings: LearnerSettings) -> None:
+        self._parts = parts
+        self._settings = settings
+        self._ranks = parts.ranks
+        self._model = parts.model.to(parts.ranks.device).train()
+        self._optimizer = build_optimizer(self._model.named_parameters(), settings.optimization)
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._milestones = Milestones(parts, settings, self._model, self._optimizer)
+        self._state = TrainerState(optimizer_step=0)
+        self._rows = RowLoader(
+            parts.sources,
+            rank=parts.ranks.rank,
+            world_size=parts.ranks.world_size,
+            row_capacity_tokens=settings.row_capacity_tokens,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        )
+
+    def run(self) -> LearnerOutcome:
+        milestones = self._milestones
+        self._state = milestones.resume()
+        milestones.publish(self._state)
+        reason = None
+        while reason is None and self._state.optimizer_step < self._settings.max_steps:
+            claim = self._decide()
+            if claim is None:
+                reason = STOP_REQUESTED
+                break
+            is_stopping = self._train(claim)
+            milestones.publish_if_due(self._state)
+            self._state, reason = milestones.evaluate_if_due(self._state)
+            reason = STOP_REQUESTED if is_stopping and reason is None else reason
+            milestones.checkpoint_if_due(self._state)
+        milestones.checkpoint(self._state)
+        self._ranks.barrier(what="end of the run")
+        return LearnerOutcome(optimizer_step=self._state.optimizer_step, reason=reason or FINISHED)
+
+    def close(self) -> None:
+        self._rows.close()
+
+    def _decide(self) -> StepClaim | None:
+        started = self._parts.clock()
+        optimizer_step = self._state.optimizer_step
+        claim = decide_step(
+            optimizer_step=optimizer_step,
+            policy_version=weights.policy_version_at(optimizer_step, self._settings.sync_every_steps),
+            b_ratio=self._settings.b_ratio,
+            ranks=self._ranks,
+            broker=self._parts.sources.broker,
+            stop=self._parts.stop,
+            stall_timeout_s=self._settings.stall_timeout_s,
+            clock=self._parts.clock,
+        )
+        self._decided_in_s = self._parts.clock() - started
+        return claim
+
+    def _train(self, claim: StepClaim) -> bool:
+        """Train one claim on all ranks; return whether any of them was asked to stop."""
+        clock, started = self._parts.clock, self._parts.clock()
+        settings = self._settings
+        seed_step(settings.seed, claim.optimizer_step, self._ranks.rank)
+        part = RankPart(wait_s=self._decided_in_s)
+        part.sums = run_micro_steps(
+            self._model,
+            self._timed_rows(claim, part),
+            num_segments_in_step=self._rows.num_segments_in_step(claim),
+            loss_settings=settings.loss,
+            device=self._ranks.device,
+        )
+        part.busy_s = clock() - started - (part.wait_s - self._decided_in_s)
+        part.is_stop_requested = self._parts.stop.is_set
+        self._load_ahead(claim.optimizer_step + 1)
+        arrived = clock()
+        what = f"micro-steps of optimizer step {claim.optimizer_step}"
+        gathered = self._ranks.gather(part.to_body(), what=what)
+        joined = join_parts([RankPart.from_body(body) for body in gathered])
+        peers_s = clock() - arrived
+        update = self._update(claim.optimizer_step)
+        finished = clock()
+        joined.wait_s += peers_s
+        joined.busy_s += finished - arrived - peers_s
+        step_s = finished - started + self._decided_in_s
+        self._commit(claim, joined, update, step_s)
+        return joined.is_stop_requested
+
+    def _timed_rows(self, claim: StepClaim, part: RankPart) -> Iterator[PackedRow]:
+        rows = self._rows.rows_of(claim)
+        while True:
+            started = self._parts.clock()
+            loaded = next(rows, None)
+            part.wait_s += self._parts.clock() - started
+            if loaded is None:
+                return
+            part.note_row(loaded)
+            yield loaded.row
+
+    def _update(self, optimizer_step: int) -> StepUpdate:
+        optimization = self._settings.optimization
+        set_learning_rate(self._optimizer, learning_rate_at(optimizer_step, optimization))
+        return update_weights(
+            self._parameters, self._optimizer, self._ranks, max_grad_norm=optimization.max_grad_norm
+        )
+
+    def _load_ahead(self, optimizer_step: int) -> None:
+        is_scheduled = scheduled_kind(optimizer_step, self._settings.b_ratio) == "A"
+        if optimizer_step < self._settings.max_steps and is_scheduled:
+            policy_version = weights.policy_version_at(optimizer_step, self._settings.sync_every_steps)
+            self._rows.load_ahead(optimizer_step, policy_version)
+
+    def _commit(self, claim: StepClaim, joined: RankPart, update: StepUpdate, step_s: float) -> None:
+        totals = dict(self._state.totals)
+        totals["steps"] = totals.get("steps", 0) + 1
+        totals["b_steps"] = totals.get("b_steps", 0) + (claim.kind == "B")
+        done = claim.optimizer_step + 1
+        num_in_step = self._rows.num_segments_in_step(claim)
+        self._state = replace(
+            self._state,
+            optimizer_step=done,
+            policy_version=weights.policy_version_at(done, self._settings.sync_every_steps),
+            dataset_position=done * num_in_step if claim.kind == "A" else self._state.dataset_position,
+            totals=totals,
+        )
+        time_ms = int(self._parts.wall_clock() * 1000)
+        row = log_row(claim, joined, update, step_s=step_s, time_ms=time_ms)
+        b_step_ratio = totals["b_steps"] / totals["steps"]
+        self._parts.metrics.on_step(claim, joined, row, b_step_ratio=b_step_ratio)
+        if self._ranks.is_first:
+            self._parts.sources.broker.commit_step(optimizer_step=claim.optimizer_step, summary=row)
+            if self._parts.log is not None:
+                self._parts.log.write(row)
+            self._parts.on_step(row)
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """Return this rank's GPU where there is one, else the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

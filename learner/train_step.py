@@ -1,0 +1,114 @@
+"""One optimizer step: micro-steps over packed rows, one sum of gradients, clipping, update.
+
+The loss of a step is the sum of its segments' losses over the number of segments of all ranks, which comes
+with the claim; so packing, accumulation and world size change nothing [P-9].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from learner.collation import PackedRow
+from learner.distributed import Ranks
+from learner.losses import LossSettings, SegmentLosses, supervised_losses
+from learner.packed_forward import forward_row
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSums:
+    """Sums over segments, of one rank or of all: each over ``num_segments`` is the mean that is logged.
+
+    ``slot_prefix`` and ``slot_tail`` are sums over slots and go with their slot counts.
+    """
+
+    total: float = 0.0
+    ce: float = 0.0
+    slot: float = 0.0
+    soft_ce: float = 0.0
+    w1: float = 0.0
+    gate: float = 0.0
+    slot_prefix: float = 0.0
+    slot_tail: float = 0.0
+    num_prefix_slots: float = 0.0
+    num_tail_slots: float = 0.0
+    num_segments: int = 0
+    num_tokens: int = 0
+    num_rows: int = 0
+
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def mean(self, name: str) -> float:
+        """Return the mean over segments of one of the sums; 0 for no segments."""
+        return float(getattr(self, name)) / self.num_segments if self.num_segments else 0.0
+
+    @property
+    def prefix_mean(self) -> float:
+        """Mean slot loss over matched prefix slots; 0 for none."""
+        return self.slot_prefix / self.num_prefix_slots if self.num_prefix_slots else 0.0
+
+    @property
+    def tail_mean(self) -> float:
+        """Mean slot loss over appended slots; 0 for none."""
+        return self.slot_tail / self.num_tail_slots if self.num_tail_slots else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepUpdate:
+    """What an update did: the global gradient norm before clipping, and the learning rate it used."""
+
+    grad_norm: float
+    learning_rate: float
+
+
+def run_micro_steps(
+    model: Any,
+    rows: Iterable[PackedRow],
+    *,
+    num_segments_in_step: int,
+    loss_settings: LossSettings,
+    device: torch.device,
+) -> LossSums:
+    """Run one forward and backward per row, gradients adding up locally; return this rank's sums.
+
+    ``num_segments_in_step`` counts the segments of all ranks. No rows: no gradient, zero sums.
+    Raises NonFiniteLoss naming the segment.
+    """
+    sums = LossSums()
+    for row in rows:
+        on_device = row.to(device)
+        losses = supervised_losses(forward_row(model, on_device), on_device.supervision, loss_settings)
+        torch.autograd.backward(losses.total.sum() / num_segments_in_step)
+        sums = sums + _sums_of(losses, row.num_tokens)
+    return sums
+
+
+def update_weights(
+    parameters: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    *,
+    max_grad_norm: float,
+) -> StepUpdate:
+    """Sum gradients over the ranks, clip them, take the optimizer's step and clear them."""
+    ranks.sum_gradients(parameters)
+    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepUpdate(grad_norm=float(norm), learning_rate=float(optimizer.param_groups[0]["lr"]))
+
+
+def _sums_of(losses: SegmentLosses, num_tokens: int) -> LossSums:
+    names = [f.name for f in fields(losses) if f.name != "record_ids"]
+    summed = torch.stack([getattr(losses, name).detach().sum() for name in names]).tolist()
+    return LossSums(
+        **dict(zip(names, summed, strict=True)),
+        num_segments=len(losses.record_ids),
+        num_tokens=num_tokens,
+        num_rows=1,
+    )

@@ -1,0 +1,80 @@
+"""JSON lines of steps and of evaluations, one flat map each, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+
+class TrainingLog:
+    """Appends to one log; written by rank 0 alone, each line flushed.
+
+    A line that a killed process left unfinished is closed off and stays as it is. Steps that are repeated
+    after a resume are written again.
+    """
+
+    def __init__(self, path: Path, *, tensorboard_dir: Path | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = path.open("ab")
+        if _ends_inside_a_line(path):
+            self._file.write(b"\n")
+        self._writer = _tensorboard_writer(tensorboard_dir) if tensorboard_dir is not None else None
+
+    def write(self, row: Mapping[str, float | int | str]) -> None:
+        """Append ``row``, one flat map with an ``optimizer_step``."""
+        self._file.write(json.dumps(dict(row), ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in row.items():
+                if not isinstance(value, str) and name != "optimizer_step":
+                    self._writer.add_scalar(_tag(name), value, global_step=int(row["optimizer_step"]))
+
+    def close(self) -> None:
+        """Close the files; safe to call twice."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_training_log(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a training log in order; lines that are not JSON maps are left out."""
+    rows = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    with path.open("rb") as stream:
+        if stream.seek(0, 2) == 0:
+            return False
+        stream.seek(-1, 2)
+        return stream.read(1) != b"\n"
+
+
+def _tag(name: str) -> str:
+    return name if "/" in name else f"train/{name}"
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(log_dir=str(folder))

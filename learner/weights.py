@@ -1,0 +1,44 @@
+"""Published policies: Hugging Face folders ``policy/v<policy_version>`` that producers follow [V-2, V-6]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError
+
+from learner.checkpoints import save_model_folder
+from learner.whole_directory import keep_last, whole_directory
+
+PREFIX: Final = "v"
+
+
+def policy_version_at(optimizer_step: int, sync_every_steps: int) -> int:
+    """Return the policy version that is current while optimizer step ``optimizer_step`` is decided and
+    trained.
+
+    Version 0 is published before step 0, version n after n·``sync_every_steps`` steps are done.
+    """
+    return optimizer_step // sync_every_steps
+
+
+def is_publication_due(num_steps_done: int, sync_every_steps: int) -> bool:
+    """Return whether a new policy version is published after ``num_steps_done`` steps."""
+    return num_steps_done % sync_every_steps == 0
+
+
+def publish_weights(
+    parent: Path, *, model: Any, policy_version: int, companions: Path, num_kept: int
+) -> Path:
+    """Write ``v<policy_version>`` whole, then drop all but the ``num_kept`` highest; return its path.
+
+    Called on rank 0 alone, between two barriers. Raises RunStopped when the disk refuses.
+    """
+    final = parent / f"{PREFIX}{policy_version}"
+    with whole_directory(final) as staging:
+        try:
+            save_model_folder(model, staging, companions)
+        except SafetensorError as exc:
+            raise OSError(str(exc)) from exc
+    keep_last(parent, PREFIX, num_kept)
+    return final

@@ -1,0 +1,100 @@
+"""A directory of files that is there whole or not at all, also after a crash or on a full disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from broker_schemas.errors import RunStopped
+
+STAGING_MARK: Final = ".writing-"
+ASIDE_MARK: Final = ".replaced-"
+
+
+@contextmanager
+def whole_directory(final: Path) -> Iterator[Path]:
+    """Yield an empty staging directory beside ``final``; on success it is synced to disk and renamed to
+    ``final``.
+
+    A ``final`` that exists is replaced. On an error the staging directory is removed and what was there
+    before stays. Raises RunStopped naming path and remedy when the disk refuses.
+    """
+    staging = final.parent / f"{STAGING_MARK}{final.name}"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        for path in sorted(staging.rglob("*")):
+            _sync(path)
+        _sync(staging)
+        _move_into_place(staging, final)
+    except OSError as exc:
+        raise RunStopped(
+            f"{final}: cannot be written ({exc.strerror or exc}); what was there before is untouched, "
+            "free some space and resume"
+        ) from exc
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def numbered_directories(parent: Path, prefix: str) -> list[tuple[int, Path]]:
+    """Return (number, path) of the directories ``<prefix><number>`` in ``parent``, lowest first; none if
+    absent.
+    """
+    if not parent.is_dir():
+        return []
+    found = [
+        (int(path.name.removeprefix(prefix)), path)
+        for path in parent.iterdir()
+        if path.is_dir() and path.name.startswith(prefix) and path.name.removeprefix(prefix).isdecimal()
+    ]
+    return sorted(found)
+
+
+def keep_last(parent: Path, prefix: str, num_kept: int) -> list[Path]:
+    """Remove all but the ``num_kept`` highest numbered directories; return what was removed."""
+    removed = [path for _, path in numbered_directories(parent, prefix)[: -max(num_kept, 1)]]
+    for path in removed:
+        # renamed first: a reader sees the directory whole or not at all
+        aside = path.with_name(f"{ASIDE_MARK}{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    return removed
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy the tokenizer, processor and template files of a model folder; weights and model config stay."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in {".safetensors", ".bin", ".pt", ".pth"} or path.name.endswith(".index.json")
+        foreign = path.name in {"config.json", "generation_config.json", "made_by_rollstream.json"}
+        if path.is_file() and not weights and not foreign and not path.name.startswith("."):
+            shutil.copyfile(path, destination / path.name)
+
+
+def _move_into_place(staging: Path, final: Path) -> None:
+    aside = final.with_name(f"{ASIDE_MARK}{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    try:
+        staging.rename(final)
+    except OSError:
+        if aside.exists():
+            aside.rename(final)
+        raise
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""Runs of the learner's loop on the tiny model and the fakes, small enough for a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from learner.distributed import Ranks
+from learner.losses import LossSettings
+from learner.metrics import LearnerMetrics
+from learner.milestones import LearnerParts
+from learner.optimization import OptimizationSettings
+from learner.packed_forward import position_rule_of
+from learner.settings import LearnerSettings
+from learner.step_rows import RowSources
+from learner.stop_request import StopRequest
+from learner.train_loop import LearnerOutcome, run_learner
+from learner.training_log import TrainingLog
+from tests.learner_builders import COLLATION, COORD_IDS, tiny_model
+from tests.learner_fakes import FakeBroker, FakeGroundTruth, FakePixels
+
+NUM_STEPS = 6
+
+
+def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
+    companions = folder / "companions"
+    companions.mkdir(exist_ok=True)
+    (companions / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    fields: dict[str, Any] = {
+        "run_dir": folder / name,
+        "companions": companions,
+        "loss": LossSettings(coord_ids=COORD_IDS),
+        "optimization": OptimizationSettings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
+        "max_steps": NUM_STEPS,
+        "b_ratio": "0.5",
+        "row_capacity_tokens": 64,
+        "sync_every_steps": 2,
+        "save_every_steps": 2,
+        "num_checkpoints_kept": 10,
+        "num_policies_kept": 10,
+        "stall_timeout_s": 60.0,
+    }
+    return LearnerSettings(**{**fields, **changes})
+
+
+def run_one(ranks: Ranks, settings: LearnerSettings, broker: FakeBroker, **parts: Any) -> LearnerOutcome:
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(seed=3)
+    sources = RowSources(
+        broker=broker,
+        ground_truth=FakeGroundTruth(),
+        pixels=FakePixels(),
+        collation=COLLATION,
+        positions_of=position_rule_of(model),
+    )
+    log = TrainingLog(settings.train_log) if ranks.is_first else None
+    try:
+        return run_learner(
+            LearnerParts(
+                model=model,
+                ranks=ranks,
+                sources=sources,
+                metrics=LearnerMetrics(CollectorRegistry()),
+                log=log,
+                **{"stop": StopRequest(), **parts},
+            ),
+            settings,
+        )
+    finally:
+        if log is not None:
+            log.close()
+
+
+def one_rank() -> Ranks:
+    return Ranks(rank=0, world_size=1, device=torch.device("cpu"), stall_timeout_s=60)

@@ -1,0 +1,208 @@
+"""Checkpoints and published policies: whole or absent, Hugging Face loadable, exact to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from broker_schemas.errors import RunStopped
+from learner import checkpoints, whole_directory
+from learner.checkpoints import (
+    TrainerState,
+    latest_checkpoint,
+    read_trainer_state,
+    restore_checkpoint,
+    write_checkpoint,
+)
+from learner.optimization import OptimizationSettings, build_optimizer
+from learner.weights import is_publication_due, policy_version_at, publish_weights
+from tests.learner_builders import tiny_model
+
+pytestmark = pytest.mark.req("Q-10")
+
+
+@pytest.fixture
+def companions(tmp_path: Path) -> Path:
+    folder = tmp_path / "companions"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text('{"a": 1}', encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    (folder / "config.json").write_text("other config", encoding="utf-8")
+    return folder
+
+
+def trained(seed: int = 0, num_steps: int = 2) -> tuple[Any, torch.optim.AdamW]:
+    """Return a model and its optimizer after some steps of made-up gradients."""
+    model = tiny_model(seed=seed)
+    optimizer = build_optimizer(model.named_parameters(), OptimizationSettings(weight_decay=0.1))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return model, optimizer
+
+
+def write(parent: Path, companions: Path, optimizer_step: int = 7, num_kept: int = 2, seed: int = 0) -> Path:
+    model, optimizer = trained(seed)
+    return write_checkpoint(
+        parent,
+        model=model,
+        optimizer=optimizer,
+        state=TrainerState(optimizer_step=optimizer_step, best_f1=0.25, totals={"steps": 7.0}),
+        companions=companions,
+        num_kept=num_kept,
+    )
+
+
+def equal_weights(first: Any, second: Any) -> bool:
+    other = second.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
+
+
+def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, companions: Path) -> None:
+    path = write(tmp_path / "run", companions)
+    model, optimizer = trained()
+    other, other_optimizer = trained(seed=9)
+    state = restore_checkpoint(path, other, other_optimizer)
+    assert state == TrainerState(optimizer_step=7, best_f1=0.25, totals={"steps": 7.0})
+    assert equal_weights(model, other)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    pairs = ((model, optimizer), (other, other_optimizer))
+    for generator, (stepped, its_optimizer) in zip(generators, pairs, strict=True):
+        for parameter in stepped.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        its_optimizer.step()
+    assert equal_weights(model, other)
+
+
+def test_the_random_state_is_restored(tmp_path: Path, companions: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        path = write(tmp_path / "run", companions)
+        expected = torch.rand(3)
+        torch.manual_seed(99)
+        restore_checkpoint(path, *trained())
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_it_is_a_hugging_face_folder_with_the_companions_of_the_model(
+    tmp_path: Path, companions: Path
+) -> None:
+    from transformers import Qwen3VLForConditionalGeneration
+
+    path = write(tmp_path / "run", companions)
+    loaded = Qwen3VLForConditionalGeneration.from_pretrained(path)
+    assert equal_weights(loaded, trained()[0])
+    assert json.loads((path / "tokenizer.json").read_text(encoding="utf-8")) == {"a": 1}
+    assert (path / "preprocessor_config.json").is_file()
+    assert json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_vl"
+
+
+def test_nothing_in_it_is_a_pickle(tmp_path: Path, companions: Path) -> None:
+    path = write(tmp_path / "run", companions)
+    assert {file.suffix for file in path.iterdir()} <= {".json", ".safetensors"}
+
+
+def test_the_latest_is_the_one_with_the_highest_step_and_only_the_last_are_kept(
+    tmp_path: Path, companions: Path
+) -> None:
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    for optimizer_step in (9, 10, 100):
+        write(tmp_path / "run", companions, optimizer_step, num_kept=2)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-10", "checkpoint-100"]
+    latest = latest_checkpoint(tmp_path / "run")
+    assert latest is not None
+    assert latest.name == "checkpoint-100"
+
+
+@pytest.mark.parametrize("at", ["save_file", "_sync", "rename"])
+def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_so(
+    at: str, tmp_path: Path, companions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "run", companions, 5)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "checkpoint-5").iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if at == "rename":
+        monkeypatch.setattr(Path, "rename", full)
+    else:
+        monkeypatch.setattr(checkpoints if at == "save_file" else whole_directory, at, full)
+    for optimizer_step in (5, 6):
+        with pytest.raises(RunStopped, match=rf"checkpoint-{optimizer_step}.*No space left.*free some space"):
+            write(tmp_path / "run", companions, optimizer_step, seed=4)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-5"]
+    after = {file.name: file.read_bytes() for file in (tmp_path / "run" / "checkpoint-5").iterdir()}
+    assert after == before
+
+
+def test_a_half_written_directory_of_a_killed_run_is_no_checkpoint(tmp_path: Path, companions: Path) -> None:
+    write(tmp_path / "run", companions, 5)
+    left_over = tmp_path / "run" / ".writing-checkpoint-6"
+    left_over.mkdir()
+    (left_over / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / "checkpoint-8").mkdir()
+    latest = latest_checkpoint(tmp_path / "run")
+    assert latest is not None
+    assert latest.name == "checkpoint-5"
+    write(tmp_path / "run", companions, 6)
+    assert read_trainer_state(tmp_path / "run" / "checkpoint-6").optimizer_step == 6
+    assert not left_over.exists()
+
+
+def test_writing_the_same_step_again_replaces_it(tmp_path: Path, companions: Path) -> None:
+    write(tmp_path / "run", companions, 5, seed=1)
+    write(tmp_path / "run", companions, 5, seed=2)
+    model, optimizer = trained(seed=0)
+    restore_checkpoint(tmp_path / "run" / "checkpoint-5", model, optimizer)
+    assert equal_weights(model, trained(seed=2)[0])
+
+
+def test_a_broken_file_is_named(tmp_path: Path, companions: Path) -> None:
+    path = write(tmp_path / "run", companions)
+    (path / "optimizer.safetensors").write_bytes(b"broken")
+    with pytest.raises(RunStopped, match=r"optimizer\.safetensors"):
+        restore_checkpoint(path, *trained())
+    (path / "trainer_state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunStopped, match=r"trainer_state\.json"):
+        read_trainer_state(path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, companions: Path) -> None:
+    path = write(tmp_path / "run", companions)
+    model, optimizer = trained()
+    del model.model.visual.merger
+    with pytest.raises(RunStopped, match="weights of another model"):
+        restore_checkpoint(path, model, optimizer)
+
+
+@pytest.mark.req("V-6")
+def test_the_policy_version_is_a_function_of_the_step() -> None:
+    assert [policy_version_at(step, 2) for step in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert [is_publication_due(done, 2) for done in (1, 2, 3, 4)] == [False, True, False, True]
+
+
+@pytest.mark.req("V-2")
+def test_published_policies_are_whole_folders_and_the_last_ones_stay(
+    tmp_path: Path, companions: Path
+) -> None:
+    model, _ = trained()
+    for policy_version in range(3):
+        path = publish_weights(
+            tmp_path / "policy",
+            model=model,
+            policy_version=policy_version,
+            companions=companions,
+            num_kept=2,
+        )
+        assert path == tmp_path / "policy" / f"v{policy_version}"
+    assert sorted(entry.name for entry in (tmp_path / "policy").iterdir()) == ["v1", "v2"]
+    assert (tmp_path / "policy" / "v2" / "tokenizer.json").is_file()

@@ -1,0 +1,158 @@
+"""The training log, the report of a step over all ranks, and the metrics they feed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from broker_schemas.packs import ReadyPack, StepClaim
+from learner.metrics import LearnerMetrics
+from learner.step_report import RankPart, join_parts, log_row
+from learner.train_step import LossSums, StepUpdate
+from learner.training_log import TrainingLog, read_training_log
+
+UPDATE = StepUpdate(grad_norm=2.5, learning_rate=1e-3)
+PACK = ReadyPack(pack_id="p-0", segment_ids=("a", "b"), lengths=(10, 20), policy_version=3, fill=0.5)
+
+
+def claim(kind: str = "B", **changes: Any) -> StepClaim:
+    fields: dict[str, Any] = {
+        "optimizer_step": 4,
+        "kind": kind,
+        "reason": "claimed" if kind == "B" else "schedule",
+        "policy_version": 4,
+        "packs": ((PACK,), (PACK,)) if kind == "B" else (),
+    }
+    return StepClaim(**{**fields, **changes})
+
+
+def part(scale: float = 1.0, **changes: Any) -> RankPart:
+    sums = LossSums(
+        total=4 * scale,
+        ce=3 * scale,
+        slot=1 * scale,
+        slot_prefix=6.0,
+        slot_tail=2.0,
+        num_prefix_slots=3,
+        num_tail_slots=4,
+        num_segments=2,
+        num_tokens=30,
+        num_rows=1,
+    )
+    fields: dict[str, Any] = {
+        "sums": sums,
+        "counters": Counter(matched=3, dropped_wrong_arity=1),
+        "lags": [1, 0],
+        "fills": [0.5],
+        "busy_s": 2.0,
+        "wait_s": 1.0,
+    }
+    return RankPart(**{**fields, **changes})
+
+
+def row_of(kind: str = "B", *parts: RankPart) -> dict[str, float | int | str]:
+    joined = join_parts(list(parts) or [part(), part(3.0)])
+    return log_row(claim(kind), joined, UPDATE, step_s=3.5, time_ms=1000)
+
+
+@pytest.mark.req("M-12", "P-9", "P-11")
+def test_a_row_holds_means_over_all_segments_and_sums_over_all_ranks() -> None:
+    row = row_of()
+    assert row["loss"] == pytest.approx((4 + 12) / 4)
+    assert row["loss_ce"] == pytest.approx((3 + 9) / 4)
+    assert row["loss_coord_prefix"] == pytest.approx(12 / 6)
+    assert row["loss_coord_tail"] == pytest.approx(4 / 8)
+    assert (row["num_segments"], row["num_tokens"], row["num_packs"]) == (4, 60, 2)
+    assert row["rollout/matched"] == 6
+    assert row["rollout/dropped_wrong_arity"] == 2
+    assert (row["lag_claimed_mean"], row["lag_claimed_max"]) == (0.5, 1)
+    assert row["packing/post_rollout_fill"] == 0.5
+    assert row["packing/post_rollout_segments"] == 2
+    assert row["packing/post_rollout_selected_total_len"] == 30
+    assert (row["wait_s"], row["busy_s"], row["step_s"]) == (1.0, 2.0, 3.5)
+
+
+@pytest.mark.req("M-13")
+def test_a_steps_have_no_rollout_names() -> None:
+    assert not [name for name in row_of("A") if "/" in name]
+
+
+@pytest.mark.req("M-10")
+def test_no_iou_is_in_a_row() -> None:
+    assert not [name for name in row_of() if "iou" in name.lower()]
+
+
+def test_a_part_survives_the_way_between_ranks() -> None:
+    sent = part(is_stop_requested=True)
+    assert RankPart.from_body(json.loads(json.dumps(sent.to_body()))) == sent
+
+
+def test_a_step_without_slots_or_segments_is_zero_not_an_error() -> None:
+    row = row_of("B", RankPart())
+    assert (row["loss"], row["loss_coord_prefix"], row["fill"], row["lag_claimed_max"]) == (0, 0, 0, 0)
+
+
+def test_one_rank_that_was_asked_to_stop_stops_all() -> None:
+    assert join_parts([part(), part(is_stop_requested=True)]).is_stop_requested
+    assert not join_parts([part(), part()]).is_stop_requested
+
+
+def test_rows_are_json_lines_that_are_there_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "train_log.jsonl"
+    with TrainingLog(path) as log:
+        log.write({"optimizer_step": 0, "loss": 1.5, "kind": "A"})
+        assert read_training_log(path) == [{"optimizer_step": 0, "loss": 1.5, "kind": "A"}]
+    with TrainingLog(path) as log:
+        log.write({"optimizer_step": 1, "loss": 1.25, "kind": "B"})
+    assert [row["optimizer_step"] for row in read_training_log(path)] == [0, 1]
+
+
+def test_a_line_cut_off_by_a_kill_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "train_log.jsonl"
+    path.write_bytes(b'{"optimizer_step": 0}\n{"optimizer_st')
+    with TrainingLog(path) as log:
+        log.write({"optimizer_step": 1})
+    assert read_training_log(path) == [{"optimizer_step": 0}, {"optimizer_step": 1}]
+
+
+def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(name, labels)
+
+
+@pytest.mark.req("O-3", "M-12", "Q-7")
+def test_metrics_count_steps_skips_objects_lag_and_time() -> None:
+    registry = CollectorRegistry()
+    metrics = LearnerMetrics(registry)
+    joined = join_parts([part(), part()])
+    metrics.on_step(claim(), joined, row_of("B", part(), part()), b_step_ratio=0.5)
+    skipped = claim("A", reason="queue_short", short_ranks=(1,))
+    metrics.on_step(skipped, join_parts([part(counters=Counter(), lags=[])]), row_of("A"), b_step_ratio=0.25)
+    metrics.on_policy_published(5)
+    metrics.on_checkpoint(8)
+    metrics.on_evaluation({"eval_rollout_f1": 0.75})
+    assert sample(registry, "rollstream_learner_steps_total", kind="B") == 1
+    assert sample(registry, "rollstream_learner_steps_total", kind="A") == 1
+    assert sample(registry, "rollstream_b_step_skipped_due_to_queue_total", reason="queue_short") == 1
+    assert sample(registry, "rollstream_learner_rollout_objects_total", counter="matched") == 6
+    assert sample(registry, "rollstream_learner_segments_total", kind="B") == 4
+    assert sample(registry, "rollstream_learner_tokens_total", kind="B") == 60
+    assert sample(registry, "rollstream_learner_claim_lag_versions_count") == 4
+    assert sample(registry, "rollstream_learner_b_step_ratio") == 0.25
+    assert sample(registry, "rollstream_learner_wait_seconds_total") == 2.0
+    assert sample(registry, "rollstream_learner_busy_seconds_total") == 4.0
+    assert sample(registry, "rollstream_learner_policy_version_count") == 5
+    assert sample(registry, "rollstream_learner_checkpoint_steps") == 8
+    assert sample(registry, "rollstream_evaluation_ratio", metric="eval_rollout_f1") == 0.75
+    assert sample(registry, "rollstream_learner_loss_ratio", kind="B", term="total") == pytest.approx(2.0)
+
+
+def test_counters_are_there_before_the_first_step() -> None:
+    registry = CollectorRegistry()
+    LearnerMetrics(registry)
+    assert sample(registry, "rollstream_b_step_skipped_due_to_queue_total", reason="queue_short") == 0
+    assert sample(registry, "rollstream_learner_steps_total", kind="B") == 0
