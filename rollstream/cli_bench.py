@@ -1,0 +1,40 @@
+"""`rollstream bench`: the budgets of the design, measured as ratios in one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True)
+Quick = Annotated[bool, typer.Option(help="a short look instead of a measurement")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+Seed = Annotated[int, typer.Option(help="seed")]
+
+
+def _report(run: Callable[..., Any], seed: int, quick: bool, as_json: bool) -> None:
+    report = run(seed=seed, quick=quick)
+    console = Console(soft_wrap=as_json)
+    if as_json:
+        console.print_json(json.dumps(report.to_json()))
+    else:
+        console.print(report.render())
+
+
+@app.command()
+def packing(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """Fill and time of the pack selectors."""
+    from rollstream.bench_packing import run_packing_bench
+
+    _report(run_packing_bench, seed, quick, as_json)
+
+
+@app.command()
+def matching(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """Rollouts a second of parsing, matching, targets and building."""
+    from rollstream.bench_matching import run_matching_bench
+
+    _report(run_matching_bench, seed, quick, as_json)

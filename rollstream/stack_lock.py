@@ -1,0 +1,47 @@
+"""One stack per run folder: a lock that the kernel releases however its holder ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Final
+
+from broker_schemas.errors import ConfigError
+
+LOCK_FILE: Final = "stack.lock"
+
+
+class StackLock:
+    """Holds a run folder until ``release`` or the end of this process."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    @classmethod
+    def acquire(cls, folder: Path) -> StackLock:
+        """Lock an existing run folder; raises ConfigError naming the process that uses it."""
+        path = folder / LOCK_FILE
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise ConfigError(
+                f"run folder {folder}: in use by another stack, process {holder}; wait until it is done, "
+                f"stop it (kill {holder}), or give this run a name of its own (--set run.name=...)"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        return cls(handle)
+
+    @staticmethod
+    def check_free(folder: Path) -> None:
+        """Raise ConfigError when a stack uses the folder; makes no folder and no file."""
+        path = folder / LOCK_FILE
+        if path.exists():
+            StackLock.acquire(folder).release()
+
+    def release(self) -> None:
+        os.close(self._handle)

@@ -1,0 +1,1 @@
+"""One wiring function for each role: the only code that knows every concrete class."""

@@ -1,0 +1,145 @@
+"""What every role's wiring needs: the broker, the model's inputs, the data, the metrics endpoint, signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from broker_schemas.broker import Broker
+from broker_schemas.connection import BrokerAddress
+from broker_schemas.errors import ConfigError
+from broker_schemas.sample_format.dataset import Sample, read_dataset
+from broker_schemas.sample_format.images import ImageProcessor
+from broker_schemas.sample_format.model_folder import resolve_model_dir
+from broker_schemas.sample_format.prompt import PromptBuilder
+from configs import RunConfig
+from rollstream.run_folder import RunFolder
+
+# a process listens on base_port + its role's offset + its index
+PORT_OFFSETS: Final = {
+    "learn": 0,
+    "dispatch": 20,
+    "pack": 21,
+    "archive": 22,
+    "export": 23,
+    "match": 30,
+    "produce": 60,
+}
+
+
+def run_folder(config: RunConfig) -> RunFolder:
+    """Return the folder of the run."""
+    return RunFolder(Path(config.run.output_dir) / config.run.name)
+
+
+def broker_address(config: RunConfig) -> BrokerAddress:
+    """Return where the broker is, with credentials from the environment variables that the file names.
+
+    Raises ConfigError for a missing variable, or without ``broker.url`` (which the stack fills in).
+    """
+    broker = config.broker
+    if broker.url is None:
+        raise ConfigError(
+            "broker.url: not set, expected the URL of a running server for a role on its own; "
+            "give --set broker.url=redis://host:port/0, or start the whole stack with 'rollstream up'"
+        )
+    return BrokerAddress(
+        url=broker.url,
+        username=_from_environment(broker.username_env, "broker.username_env"),
+        password=_from_environment(broker.password_env, "broker.password_env"),
+        ca_file=broker.tls.ca_file,
+        cert_file=broker.tls.cert_file,
+        key_file=broker.tls.key_file,
+        check_hostname=broker.tls.check_hostname,
+    )
+
+
+def _from_environment(name: str | None, key: str) -> str | None:
+    if name is None:
+        return None
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(f"{key}: environment variable {name} is not set, expected the broker's credential")
+    return value
+
+
+def open_broker(config: RunConfig) -> Broker:
+    """Connect to the run's broker; raises BrokerError, ConfigError."""
+    return Broker.connect(config.run.name, broker_address(config))
+
+
+def model_dir(config: RunConfig) -> Path:
+    """Return the folder of the start model; an inline config stands in the run folder once it is made."""
+    if config.model.name_or_path is not None:
+        return resolve_model_dir(config.model.name_or_path)
+    return resolve_model_dir(run_folder(config).path / "model")
+
+
+def prompt_builder(config: RunConfig, folder: Path) -> PromptBuilder:
+    """Return the prompts of a model folder with the run's texts."""
+    return PromptBuilder(
+        folder, system_prompt=config.model.system_prompt, instruction=config.model.instruction
+    )
+
+
+def data_root(config: RunConfig, jsonl: str) -> Path:
+    """Return the folder that image paths must not leave."""
+    return Path(config.data.root) if config.data.root is not None else Path(jsonl).parent
+
+
+def image_processor(config: RunConfig, folder: Path, jsonl: str) -> ImageProcessor:
+    """Return the image processor of a model folder over the root of one data set."""
+    return ImageProcessor(
+        folder,
+        data_root(config, jsonl),
+        min_pixels=config.model.image.min_pixels,
+        max_pixels=config.model.image.max_pixels,
+    )
+
+
+def read_samples(config: RunConfig, jsonl: str) -> list[Sample]:
+    """Return a data set in the run's object order; raises DataError."""
+    return read_dataset(
+        jsonl, root=config.data.root, ordering=config.data.object_ordering, seed=config.run.seed
+    )
+
+
+def start_metrics(config: RunConfig, role: str, index: int) -> CollectorRegistry:
+    """Return a fresh registry, served at its port unless metrics are off; raises ConfigError."""
+    registry = CollectorRegistry()
+    if config.metrics.base_port == 0:
+        return registry
+    port = config.metrics.base_port + PORT_OFFSETS[role] + index
+    try:
+        start_http_server(port, addr=config.metrics.host, registry=registry)
+    except OSError as exc:
+        raise ConfigError(
+            f"metrics of {role} {index}: port {port} on {config.metrics.host} cannot be used "
+            f"({exc.strerror}); set metrics.base_port to another port, or to 0 for no endpoints"
+        ) from exc
+    return registry
+
+
+def stop_on_signals() -> threading.Event:
+    """Return an event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def log_to_stderr(run: str, role: str, index: int) -> None:
+    """Send log lines to standard error, each with run and role."""
+    logging.basicConfig(
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s run={run} role={role}-{index} %(message)s",
+        force=True,
+    )
+    for noisy in ("httpx", "urllib3", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,57 @@
+"""Wires the dispatcher."""
+
+from __future__ import annotations
+
+from broker_schemas.rollout_requests import LeaseSettings
+from configs import RunConfig
+from producers.demand import DemandSettings
+from producers.dispatcher import Dispatcher, DispatcherSettings
+from producers.jobs import rollout_queue
+from producers.metrics import DispatcherMetrics
+from rollstream.wiring import access
+
+
+def lease_settings(config: RunConfig) -> LeaseSettings:
+    """Return the lease of a rollout request."""
+    return LeaseSettings(lease_ms=int(config.producers.lease_s * 1000))
+
+
+def demand_settings(config: RunConfig) -> DemandSettings | None:
+    """Return the demand settings of `stage2_async`; None where a step asks for its own rollouts."""
+    if config.variant != "stage2_async":
+        return None
+    return DemandSettings(
+        world_size=config.learner_world_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        prefetch_target_packs=config.stage2_async.prefetch_target_packs,
+        version_window=config.stage2_async.version_window,
+        sync_every_steps=config.stage2_async.sync_every_steps,
+        b_ratio=config.b_ratio,
+        rollouts_per_request=config.producers.request_size,
+    )
+
+
+def run_dispatcher(config: RunConfig, index: int) -> None:
+    """Run until a signal; a run without B steps has nothing to dispatch and waits."""
+    stop = access.stop_on_signals()
+    broker = access.open_broker(config)
+    metrics = DispatcherMetrics(access.start_metrics(config, "dispatch", index))
+    if config.b_ratio == 0:
+        stop.wait()
+        return
+    dispatcher = Dispatcher(
+        broker,
+        rollout_queue(broker.client, broker.keys.rollout_queue),
+        metrics,
+        DispatcherSettings(
+            world_size=config.learner_world_size,
+            num_samples=len(access.read_samples(config, config.data.train_jsonl)),
+            seed=config.run.seed,
+            request_size=config.producers.request_size,
+            demand=demand_settings(config),
+            start_segments_per_pack=float(config.training.per_device_train_batch_size),
+            lease=lease_settings(config),
+        ),
+    )
+    dispatcher.loop(stop)
+    broker.close()

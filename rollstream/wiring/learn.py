@@ -1,0 +1,229 @@
+"""Wires one learner rank; without torchrun around it, starts torchrun around itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from broker_schemas.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.sample_format.images import ImageProcessor
+from broker_schemas.sample_format.model_folder import load_policy
+from broker_schemas.sample_format.prompt import PromptBuilder
+from configs import RunConfig
+from learner.attention import attention_implementation
+from learner.augmentation import AugmentationSettings
+from learner.channel_a import ChannelASettings, ChannelASource
+from learner.collation import CollationSettings
+from learner.determinism import fix_arithmetic
+from learner.distributed import Ranks, connect
+from learner.ground_truth_only import GroundTruthOnlyBroker
+from learner.losses import LossSettings
+from learner.metrics import LearnerMetrics
+from learner.optimization import OptimizationSettings
+from learner.packed_forward import position_rule_of
+from learner.pixel_source import ProcessorPixelSource
+from learner.ports import Evaluate, LearnerBroker
+from learner.settings import EarlyStopSettings, LearnerSettings
+from learner.step_report import LogRow
+from learner.step_rows import RowSources
+from learner.stop_request import StopRequest
+from learner.train_loop import LearnerOutcome, LearnerParts, run_learner
+from learner.training_log import TrainingLog
+from rollstream.wiring import access
+
+
+def loss_settings(config: RunConfig, prompts: PromptBuilder) -> LossSettings:
+    """Return the loss of the run for a model's coordinate vocabulary."""
+    method = config.rollout_matching
+    return LossSettings(
+        coord_ids=tuple(int(token_id) for token_id in prompts.coord_vocab.ids),
+        target_sigma=method.target_sigma,
+        target_truncate=method.target_truncate,
+        temperature_coord=method.temperature_coord,
+        soft_ce_weight=method.soft_ce_weight,
+        w1_weight=method.w1_weight,
+        gate_weight=method.gate_weight,
+        desc_ce_weight=config.stage2_ab.desc_ce_weight,
+    )
+
+
+def optimization_settings(config: RunConfig) -> OptimizationSettings:
+    """Return optimizer and learning-rate course."""
+    training = config.training
+    return OptimizationSettings(
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        beta1=training.adam_beta1,
+        beta2=training.adam_beta2,
+        epsilon=training.adam_epsilon,
+        warmup_steps=training.warmup_steps,
+        schedule=training.lr_scheduler,
+        max_steps=training.max_steps,
+        max_grad_norm=training.max_grad_norm,
+    )
+
+
+def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettings:
+    """Return the plain values of the loop."""
+    training, stop = config.training, config.training.early_stop
+    return LearnerSettings(
+        run_dir=access.run_folder(config).path,
+        companions=access.model_dir(config),
+        loss=loss_settings(config, prompts),
+        optimization=optimization_settings(config),
+        max_steps=training.max_steps,
+        b_ratio=exact_ratio(config),
+        seed=config.run.seed,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        row_capacity_tokens=training.global_max_length,
+        sync_every_steps=sync_every_steps(config),
+        num_policies_kept=config.stage2_async.version_window + 2,
+        save_every_steps=training.save_every_steps,
+        eval_every_steps=training.eval_every_steps if config.data.val_jsonl else 0,
+        is_policy_published=config.b_ratio > 0,
+        stall_timeout_s=config.stage2_async.stall_timeout_s,
+        early_stop=EarlyStopSettings(target_f1=stop.target, patience=stop.patience),
+    )
+
+
+def exact_ratio(config: RunConfig) -> str:
+    """Return the share of B steps as an exact decimal text."""
+    if config.variant == "rollout_matching_sft":
+        return "1"
+    return str(config.stage2_ab.schedule.b_ratio)
+
+
+def sync_every_steps(config: RunConfig) -> int:
+    """Return how often weights are published; the on-policy variants publish after every step."""
+    return config.stage2_async.sync_every_steps if config.variant == "stage2_async" else 1
+
+
+def claim_settings(config: RunConfig) -> ClaimSettings:
+    """Return how the variant claims its steps."""
+    shared: dict[str, Any] = {
+        "world_size": config.learner_world_size,
+        "packs_per_rank": config.gradient_accumulation_steps,
+        "archived_only": config.archive.enabled,
+    }
+    if config.variant == "stage2_async":
+        window = config.stage2_async.version_window
+        return ClaimSettings(**shared, version_window=window, mode="fallback")
+    return ClaimSettings(
+        **shared, version_window=0, mode="sealed", num_rollouts=config.training.effective_batch_size
+    )
+
+
+def collation_settings(prompts: PromptBuilder, images: ImageProcessor) -> CollationSettings:
+    """Return what the model fixes about a row."""
+    return CollationSettings(
+        image_token_id=prompts.image_token_id,
+        merge_size=prompts.merge_size,
+        processor_fingerprint=images.fingerprint,
+        coord_ids=frozenset(int(token_id) for token_id in prompts.coord_vocab.ids),
+    )
+
+
+def channel_a_source(config: RunConfig, prompts: PromptBuilder, images: ImageProcessor) -> ChannelASource:
+    """Return the ground-truth segments of A steps."""
+    augment = config.data.augment
+    return ChannelASource(
+        access.read_samples(config, config.data.train_jsonl),
+        prompts,
+        images,
+        ChannelASettings(
+            seed=config.run.seed,
+            effective_batch_size=config.training.effective_batch_size,
+            ordering=config.data.object_ordering,
+            augmentation=AugmentationSettings(
+                jitter_pixels=augment.jitter_px,
+                crop_probability=0.5 if augment.crop else 0.0,
+                shrink_probability=0.5 if augment.scale else 0.0,
+                flip_probability=0.5 if augment.flip else 0.0,
+            ),
+        ),
+    )
+
+
+def rank_device(config: RunConfig, local_rank: int) -> torch.device:
+    """Return the device of one rank: its learner GPU, or the CPU."""
+    gpus = config.devices.learner_gpus
+    return torch.device(f"cuda:{gpus[local_rank]}") if gpus else torch.device("cpu")
+
+
+def run_learner_rank(
+    config: RunConfig, *, evaluate: Evaluate | None, on_step: Callable[[LogRow], None] | None = None
+) -> LearnerOutcome:
+    """Run this rank, under torchrun or alone, until the run is done; raises RunStopped, ConfigError."""
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    device = rank_device(config, local_rank)
+    fix_arithmetic(config.training.num_threads, is_cpu=device.type == "cpu")
+    stop = StopRequest()
+    stop.follow_signals()
+    broker = learner_broker(config)
+    ranks = connect(
+        rank=rank,
+        world_size=config.learner_world_size,
+        stall_timeout_s=config.stage2_async.stall_timeout_s,
+        device=device,
+        is_stopping=lambda: stop.is_set,
+    )
+    try:
+        parts, settings = build_parts(config, ranks, broker, stop, evaluate, on_step)
+        try:
+            return run_learner(parts, settings)
+        finally:
+            for log in (parts.log, parts.evaluation_log):
+                if log is not None:
+                    log.close()
+    finally:
+        ranks.close()
+        broker.close()
+
+
+def learner_broker(config: RunConfig) -> LearnerBroker:
+    """Return the door to the queue; a run of A steps alone, without a broker, needs none."""
+    if config.b_ratio == 0 and config.broker.url is None:
+        return GroundTruthOnlyBroker()
+    return LearnerDoor(access.open_broker(config), claim_settings(config))
+
+
+def build_parts(
+    config: RunConfig,
+    ranks: Ranks,
+    broker: LearnerBroker,
+    stop: StopRequest,
+    evaluate: Evaluate | None,
+    on_step: Callable[[LogRow], None] | None,
+) -> tuple[LearnerParts, LearnerSettings]:
+    """Return everything that the loop of one rank joins."""
+    folder = access.model_dir(config)
+    prompts = access.prompt_builder(config, folder)
+    images = access.image_processor(config, folder, config.data.train_jsonl)
+    model = load_policy(
+        folder,
+        config.model.dtype,
+        attn_implementation=attention_implementation(ranks.device, getattr(torch, config.model.dtype)),
+    )
+    settings = learner_settings(config, prompts)
+    first = ranks.is_first
+    parts = LearnerParts(
+        model=model,
+        ranks=ranks,
+        sources=RowSources(
+            broker=broker,
+            ground_truth=channel_a_source(config, prompts, images) if config.b_ratio < 1 else None,
+            pixels=ProcessorPixelSource(images),
+            collation=collation_settings(prompts, images),
+            positions_of=position_rule_of(model),
+        ),
+        metrics=LearnerMetrics(access.start_metrics(config, "learn", ranks.rank)),
+        stop=stop,
+        log=TrainingLog(settings.train_log, tensorboard_dir=settings.tensorboard_dir) if first else None,
+        evaluation_log=TrainingLog(settings.evaluation_log) if first else None,
+        evaluate=evaluate if first else None,
+        on_step=on_step or (lambda row: None),
+    )
+    return parts, settings

@@ -1,0 +1,61 @@
+"""Wires a matcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from broker_schemas.matcher_door import MatcherDoor
+from configs import RunConfig
+from consumers.matcher import FailureDump, Matcher, MatcherSettings
+from consumers.matching import MatchSettings
+from consumers.metrics import MatcherMetrics
+from consumers.record_matching import MatcherTools
+from consumers.transport_targets import TransportSettings
+from rollstream.wiring import access
+
+
+def matcher_tools(config: RunConfig, folder: Path) -> MatcherTools:
+    """Return what every record is matched with, from the tokenizer of a model folder; raises DataError."""
+    method = config.rollout_matching
+    prompts = access.prompt_builder(config, folder)
+    return MatcherTools.for_tokenizer(
+        prompts.tokenizer,
+        capacity=config.training.global_max_length,
+        match_settings=MatchSettings(
+            candidate_top_k=method.candidate_top_k,
+            maskiou_gate=method.maskiou_gate,
+            maskiou_resolution=method.maskiou_resolution,
+            fp_cost=method.fp_cost,
+            fn_cost=method.fn_cost,
+        ),
+        transport_settings=TransportSettings(
+            ot_points=method.ot_points,
+            ot_cost=method.ot_cost,
+            ot_epsilon=method.ot_epsilon,
+            ot_iters=method.ot_iters,
+        ),
+        image_token_ids=frozenset({prompts.image_token_id}),
+    )
+
+
+def run_matcher(config: RunConfig, index: int) -> None:
+    """Run until a signal."""
+    stop = access.stop_on_signals()
+    broker = access.open_broker(config)
+    method, is_async = config.rollout_matching, config.variant == "stage2_async"
+    dump = None
+    if method.debug_dump_parse_failures:
+        path = access.run_folder(config).path / f"parse_failures-{index}.jsonl"
+        dump = FailureDump(path, method.debug_dump_max)
+    matcher = Matcher(
+        MatcherDoor(broker, f"matcher-{index}"),
+        matcher_tools(config, access.model_dir(config)),
+        MatcherMetrics(access.start_metrics(config, "match", index)),
+        MatcherSettings(
+            batch_size=config.matchers.batch_size,
+            version_window=config.stage2_async.version_window if is_async else None,
+        ),
+        dump,
+    )
+    matcher.loop(stop)
+    broker.close()

@@ -1,0 +1,80 @@
+"""Wires the packer of each trainer variant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from broker_schemas.packer_door import PackerDoor
+from configs import RunConfig
+from consumers.metrics import PackerMetrics
+from consumers.pack_buffer import PackBufferSettings
+from consumers.packing import require_method
+from consumers.step_packer import Planner, StepPacker, StepPackerSettings
+from consumers.step_plans import StepPlan, plan_micro, plan_step_budget, plan_window
+from consumers.streaming_packer import StreamingPacker, StreamingPackerSettings
+from rollstream.wiring import access
+
+
+def step_planner(config: RunConfig) -> Planner:
+    """Return how one on-policy step is cut into packs: by variant and pack scope."""
+    training, num_ranks = config.training, config.learner_world_size
+    capacity, num_micro_steps = training.global_max_length, config.gradient_accumulation_steps
+
+    def step_budget(_: Sequence[int], lengths: Sequence[int]) -> StepPlan:
+        return plan_step_budget(lengths, capacity, num_ranks=num_ranks)
+
+    def window(_: Sequence[int], lengths: Sequence[int]) -> StepPlan:
+        return plan_window(lengths, capacity, num_micro_steps=num_micro_steps, num_ranks=num_ranks)
+
+    def micro(carried: Sequence[int], lengths: Sequence[int]) -> StepPlan:
+        return plan_micro(
+            carried,
+            lengths,
+            capacity,
+            num_micro_steps=num_micro_steps,
+            num_ranks=num_ranks,
+            packing_buffer=training.packing_buffer,
+            method=training.packing_selector,
+        )
+
+    if config.variant == "stage2_ab_training":
+        return step_budget
+    return window if config.rollout_matching.post_rollout_pack_scope == "window" else micro
+
+
+def build_packer(config: RunConfig, door: PackerDoor, metrics: PackerMetrics) -> StreamingPacker | StepPacker:
+    """Return the packer of the run's variant; raises BinpackingMissing where the selector needs it."""
+    training = config.training
+    require_method(training.packing_selector)
+    if config.variant != "stage2_async":
+        return StepPacker(
+            door,
+            step_planner(config),
+            metrics,
+            StepPackerSettings(world_size=config.learner_world_size, capacity=training.global_max_length),
+        )
+    return StreamingPacker(
+        door,
+        metrics,
+        StreamingPackerSettings(
+            buffer=PackBufferSettings(
+                capacity_tokens=training.global_max_length,
+                packing_buffer=training.packing_buffer,
+                min_fill_ratio=training.packing_min_fill_ratio,
+                method=training.packing_selector,
+            ),
+            world_size=config.learner_world_size,
+            packs_per_rank=config.gradient_accumulation_steps,
+            queue_limit=config.stage2_async.queue_limit,
+            version_window=config.stage2_async.version_window,
+        ),
+    )
+
+
+def run_packer(config: RunConfig, index: int) -> None:
+    """Run until a signal."""
+    stop = access.stop_on_signals()
+    broker = access.open_broker(config)
+    metrics = PackerMetrics(access.start_metrics(config, "pack", index))
+    build_packer(config, PackerDoor(broker), metrics).loop(stop)
+    broker.close()

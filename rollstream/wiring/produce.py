@@ -1,0 +1,77 @@
+"""Wires a producer: an RQ worker with a rollout backend."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from broker_schemas.client import SegmentSink, SinkSettings
+from broker_schemas.errors import ConfigError
+from configs import RunConfig
+from producers.jobs import RolloutWorker
+from producers.metrics import ProducerMetrics
+from producers.producer import Producer, ProducerSettings
+from producers.rollout_backend import DecodingSettings, RolloutBackend
+from rollstream.wiring import access
+from rollstream.wiring.dispatch import lease_settings
+
+
+def decoding_settings(config: RunConfig) -> DecodingSettings:
+    """Return how rollouts are sampled."""
+    method = config.rollout_matching
+    return DecodingSettings(
+        max_new_tokens=method.max_new_tokens,
+        temperature=method.decoding.temperature,
+        top_p=method.decoding.top_p,
+        top_k=method.decoding.top_k,
+        repetition_penalty=method.repetition_penalty,
+    )
+
+
+def rollout_backend(config: RunConfig) -> RolloutBackend:
+    """Return the backend that the configuration names; raises ConfigError, DataError."""
+    if config.rollout_matching.rollout_backend != "hf":
+        raise ConfigError(
+            "custom.extra.rollout_matching.rollout_backend: got vllm, which this version does not run yet; "
+            "use hf"
+        )
+    import torch
+
+    from producers.hf_backend import HfBackend, HfBackendSettings
+
+    torch.set_num_threads(max(1, config.training.num_threads))
+    folder = access.model_dir(config)
+    return HfBackend(
+        access.prompt_builder(config, folder),
+        access.image_processor(config, folder, config.data.train_jsonl),
+        HfBackendSettings(
+            decoding=decoding_settings(config),
+            decode_batch_size=config.rollout_matching.decode_batch_size,
+            device=f"cuda:{config.devices.rollout_gpus[0]}" if config.devices.rollout_gpus else "cpu",
+            dtype=config.model.dtype,
+        ),
+    )
+
+
+def sink_settings(config: RunConfig) -> SinkSettings:
+    """Return the limits of pushing."""
+    return SinkSettings(max_bytes=config.broker.max_bytes, dedup_window=config.broker.dedup_window)
+
+
+def run_producer(config: RunConfig, index: int) -> None:
+    """Run jobs until a signal; RQ finishes the job in hand first."""
+    broker = access.open_broker(config)
+    producer = Producer(
+        broker=broker,
+        sink=SegmentSink(broker, sink_settings(config)),
+        backend=rollout_backend(config),
+        datasets={"train": access.read_samples(config, config.data.train_jsonl)},
+        metrics=ProducerMetrics(access.start_metrics(config, "produce", index)),
+        settings=ProducerSettings(
+            name=f"{config.run.name}-producer-{index}-{socket.gethostname()}-{os.getpid()}",
+            lease=lease_settings(config),
+            deadline_s=config.stage2_async.stall_timeout_s,
+        ),
+    )
+    RolloutWorker.work_for(producer, broker.client, broker.keys.rollout_queue)
+    broker.close()
