@@ -1,0 +1,123 @@
+"""The project's own source as values, for tests of the house rules: files, imports, calls."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+ROLES: Final = ("producers", "consumers", "learner")
+PACKAGES: Final = ("broker_schemas", "configs", *ROLES, "rollstream")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One Python file, parsed. ``path`` is relative to the root, ``module`` its dotted name."""
+
+    path: Path
+    text: str
+    tree: ast.Module
+
+    @property
+    def package(self) -> str:
+        return self.path.parts[0]
+
+    @property
+    def module(self) -> str:
+        return ".".join(self.path.with_suffix("").parts).removesuffix(".__init__")
+
+    def imports(self) -> Iterator[tuple[int, str]]:
+        """Yield (line, full dotted name) of all that is imported anywhere, functions included.
+
+        ``from a.b import c`` yields ``a.b.c``: c may be a module.
+        """
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                start = node.module or ""
+                if node.level:
+                    parts = self.module.split(".")
+                    if self.path.name != "__init__.py":
+                        parts = parts[:-1]
+                    base = parts[: len(parts) - node.level + 1]
+                    start = ".".join([*base, start] if start else base)
+                yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
+
+    def attributes(self) -> Iterator[tuple[int, str]]:
+        """Yield (line, dotted name) of attribute chains, with import aliases written out."""
+        aliases = {
+            alias.asname: alias.name
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+            if alias.asname
+        }
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Attribute) and (name := dotted(node)):
+                head, _, rest = name.partition(".")
+                yield node.lineno, f"{aliases.get(head, head)}.{rest}"
+
+    def calls(self) -> Iterator[tuple[str, ast.Call]]:
+        """Yield (dotted name of the callee, call); the name is empty where it is no plain name."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Call):
+                yield dotted(node.func), node
+
+
+def dotted(node: ast.expr) -> str:
+    """Return ``a.b.c`` for a chain of names, else an empty string."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        start = dotted(node.value)
+        return f"{start}.{node.attr}" if start else ""
+    return ""
+
+
+def is_within(name: str, module: str) -> bool:
+    """Say whether dotted ``name`` is ``module`` or something inside it."""
+    return name == module or name.startswith(f"{module}.")
+
+
+@cache
+def python_files(*folders: str) -> tuple[SourceFile, ...]:
+    """Return the Python files of top-level ``folders``, sorted by path."""
+    return tuple(
+        SourceFile(path.relative_to(ROOT), text, ast.parse(text, filename=str(path)))
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (text := path.read_text("utf-8")) is not None
+    )
+
+
+@cache
+def project_files() -> tuple[Path, ...]:
+    """Return every file that belongs to the project: tracked, or untracked and not ignored.
+
+    Without git (an unpacked archive) it is every file that no tool made.
+    """
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    if listing.returncode == 0:
+        found = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+    else:
+        made = {"runs", "data", "models", "build", "dist", "__pycache__"}
+        found = [
+            path
+            for path in ROOT.rglob("*")
+            if not any(
+                part in made or (part.startswith(".") and part != ".ci") or part.endswith(".egg-info")
+                for part in path.relative_to(ROOT).parts[:-1]
+            )
+        ]
+    return tuple(sorted(path for path in found if path.is_file() and not path.is_symlink()))
