@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from broker_schemas import codec
-from broker_schemas.errors import BrokerError, RecordError
+from broker_schemas.errors import BrokerError, MalformedRecord, RecordError
 from broker_schemas.freshness import oldest_allowed
 from broker_schemas.matcher_door import MatcherDoor, MatchVerdict, RawEntry
-from broker_schemas.policy import read_policy
+from broker_schemas.policy import PublishedPolicy, read_policy
 from broker_schemas.records import SegmentRecord
 from consumers.metrics import MatcherMetrics
 from consumers.record_matching import MatcherTools, MatchOutcome, ParseFailure, match_record
@@ -85,8 +85,10 @@ class Matcher:
         if not entries:
             return 0
         started_s = time.monotonic()
-        oldest = self._oldest_policy_version()
-        verdicts = [self._judge(entry, oldest) for entry in entries]
+        policy = read_policy(self._door.broker)
+        oldest = self._oldest_policy_version(policy)
+        fingerprint = policy.processor_fingerprint if policy else ""
+        verdicts = [self._judge(entry, oldest, fingerprint) for entry in entries]
         seconds = time.monotonic() - started_s
         statuses = self._door.commit(verdicts, oldest_policy_version=oldest)
         self._metrics.on_batch(statuses, seconds)
@@ -107,15 +109,15 @@ class Matcher:
             self._took_over_at_s = now_s
         return self._door.read(count=count, block_ms=self._settings.block_ms)
 
-    def _oldest_policy_version(self) -> int:
+    def _oldest_policy_version(self, policy: PublishedPolicy | None) -> int:
         if self._settings.version_window is None:
             return 0
-        policy = read_policy(self._door.broker)
         return oldest_allowed(policy.policy_version if policy else 0, self._settings.version_window)
 
-    def _judge(self, entry: RawEntry, oldest: int) -> MatchVerdict:
+    def _judge(self, entry: RawEntry, oldest: int, fingerprint: str) -> MatchVerdict:
         try:
             record = self._decode(entry)
+            _check_processor(record, fingerprint)
         except RecordError as exc:
             return self._rejected(entry, exc.reason, str(exc))
         if record.purpose == "train" and record.policy_version < oldest:
@@ -149,3 +151,12 @@ class Matcher:
         log.warning("matcher: record %s rejected (%s): %s", entry.record_id, reason, detail)
         self._metrics.on_rejected(reason)
         return MatchVerdict(entry=entry, outcome="rejected", reason=reason, detail=detail)
+
+
+def _check_processor(record: SegmentRecord, fingerprint: str) -> None:
+    """Refuse a rollout whose images the learner would cut otherwise; it could only fail in training."""
+    if fingerprint and record.images and record.processor_fingerprint != fingerprint:
+        raise MalformedRecord(
+            f"segment {record.record_id}: got processor_fingerprint {record.processor_fingerprint!r:.80}, "
+            f"expected {fingerprint!r}; producer and learner must use one model folder and image bounds"
+        )

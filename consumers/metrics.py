@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# shown at 0 before they first happen, so that a rate over them has a beginning
+OUTCOMES: Final = ("matched", "evaluated", "dropped", "rejected", "gone")
 
 
 class MatcherMetrics:
@@ -32,6 +36,8 @@ class MatcherMetrics:
             buckets=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
             registry=registry,
         )
+        for outcome in OUTCOMES:
+            self._verdicts.labels(outcome)
 
     def on_batch(self, statuses: Sequence[str], seconds: float) -> None:
         for status in statuses:
@@ -81,6 +87,8 @@ class PackerMetrics:
             ["reason"],
             registry=registry,
         )
+        for reason in ("stale", "overflow"):
+            self._dropped.labels(reason)
 
     def on_pack(self, *, reason: str, fill_ratio: float, num_segments: int, num_tokens: int) -> None:
         self._packs.labels(reason).inc()

@@ -5,6 +5,7 @@ The one pure function that the matcher's loop calls; it must not know streams, m
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -30,6 +31,7 @@ RejectionReason = Literal[
     "segment_too_long",
     "logprobs_not_finite",
     "image_missing",
+    "image_tokens_differ",
 ]
 TOO_LONG_ADVICE: Final = (
     "raise training.global_max_length, or lower the image bounds or "
@@ -43,7 +45,8 @@ class MatcherTools:
 
     ``capacity`` is the longest segment in tokens (the packing length). ``num_token_ids`` is the width of
     the model's embedding, ids from there on are impossible; None takes the tokenizer's. ``image_token_ids``
-    are the ids that stand for pixels: an answer that holds one cannot be trained on.
+    are the ids that stand for pixels: an answer that holds one cannot be trained on. ``merge_size`` is the
+    patches a side of one of them; None leaves the number of image tokens in the prompt unchecked.
     Raises DataError for a tokenizer or ids that cannot serve.
     """
 
@@ -55,6 +58,7 @@ class MatcherTools:
     transport_settings: TransportSettings = field(default_factory=TransportSettings)
     num_token_ids: int | None = None
     image_token_ids: frozenset[int] = frozenset()
+    merge_size: int | None = None
 
     def __post_init__(self) -> None:
         table = token_bytes_of(self.tokenizer)
@@ -192,6 +196,9 @@ def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | N
         problem = _ground_truth_problem(item, f"{where}.assistant_payload[{index}]")
         if problem is not None:
             return Rejection(reason="ground_truth_malformed", detail=problem)
+    problem = _image_token_problem(record, tools, where)
+    if problem is not None:
+        return Rejection(reason="image_tokens_differ", detail=problem)
     if not np.isfinite(record.response_logprobs).all():
         detail = f"{where}.response_logprobs: got a value that is not finite, expected log-probabilities"
         return Rejection(reason="logprobs_not_finite", detail=detail)
@@ -199,6 +206,16 @@ def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | N
         detail = f"{where}.images: got none, expected the image that was evaluated"
         return Rejection(reason="image_missing", detail=detail)
     return None
+
+
+def _image_token_problem(record: SegmentRecord, tools: MatcherTools, where: str) -> str | None:
+    if tools.merge_size is None:
+        return None
+    wanted = sum(math.prod(image.grid_thw) for image in record.images) // tools.merge_size**2
+    found = int(np.isin(record.prompt_token_ids, list(tools.image_token_ids)).sum())
+    if found == wanted:
+        return None
+    return f"{where}.prompt_token_ids: got {found} image tokens, expected the {wanted} of grid_thw"
 
 
 def _ground_truth_problem(item: GroundTruthObject, where: str) -> str | None:

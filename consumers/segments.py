@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from broker_schemas.records import MatchedSegment, SegmentRecord
 from broker_schemas.sample_format.coordinates import CoordVocabulary
@@ -101,6 +102,8 @@ def _assemble(
     ce_mask = np.zeros(len(token_ids), dtype=np.bool_)
     ce_mask[fragment_start:] = ~desc_mask[fragment_start:]
     ce_mask[appended_slots] = False
+    response = record.response_token_ids
+    num_shared = _num_shared(response, token_ids[prefix_start:])
     return MatchedSegment(
         record_id=record.record_id,
         channel="B",
@@ -119,4 +122,14 @@ def _assemble(
         counters=counters,
         optimizer_step=record.optimizer_step,
         generated_at_ms=record.generated_at_ms,
+        assistant_payload=record.assistant_payload,
+        response_tail_ids=np.asarray(response[num_shared:], dtype=np.int32),
+        num_response_tokens=len(response),
     )
+
+
+def _num_shared(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
+    """Return how many tokens both begin with."""
+    shorter = min(len(left), len(right))
+    differs = np.flatnonzero(left[:shorter] != right[:shorter])
+    return int(differs[0]) if len(differs) else shorter

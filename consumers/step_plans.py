@@ -39,8 +39,9 @@ def plan_micro(
     """Return one pack for each rank and micro-step, chosen from what that rank holds by then.
 
     Indices count ``carried`` first (tokens, oldest first, dealt to the ranks in turn), then ``lengths``
-    (request order): micro-step m gives rank r its next contiguous slice. What no pack takes is carried. Raises PackingError for a step that does not
-    divide, or when a rank would hold more than ``packing_buffer`` segments.
+    (request order): micro-step m gives rank r its next contiguous slice. What no pack takes is carried.
+    Raises PackingError for a step that does not divide, or when a rank would hold more than
+    ``packing_buffer`` segments.
     """
     num_slices = num_micro_steps * num_ranks
     if not lengths or len(lengths) % num_slices:

@@ -22,7 +22,7 @@ READ_COUNT = 256
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingPackerSettings:
-    """``packs_per_rank`` = GA: below it a rank is hungry; after ``patience_s`` without news any pack will do."""
+    """``packs_per_rank`` = GA, below it a rank is hungry; ``patience_s`` without news, any pack will do."""
 
     buffer: PackBufferSettings
     world_size: int
