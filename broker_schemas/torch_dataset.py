@@ -1,0 +1,26 @@
+"""A pack feed as a torch ``IterableDataset``, for loops that want a ``DataLoader``. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.utils.data import IterableDataset
+
+from broker_schemas.client import PackFeed
+from broker_schemas.packs import ReadyPack
+from broker_schemas.records import MatchedSegment
+
+FeedItem = tuple[ReadyPack, list[MatchedSegment]]
+
+
+class PackDataset(IterableDataset[FeedItem]):
+    """Yields (pack, its segments in order) of one rank for ever; raises DeadlinePassed when none come.
+
+    Use it with ``DataLoader(dataset, batch_size=None, num_workers=0)``: a claim belongs to one process.
+    """
+
+    def __init__(self, feed: PackFeed) -> None:
+        self._feed = feed
+
+    def __iter__(self) -> Iterator[FeedItem]:
+        return iter(self._feed)
