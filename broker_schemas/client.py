@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal, cast
 
 from broker_schemas.broker import Broker
 from broker_schemas.codec import MAX_RECORD_BYTES
@@ -16,6 +16,7 @@ from broker_schemas.payloads import fetch_segments
 from broker_schemas.policy import read_policy
 from broker_schemas.records import MatchedSegment, SegmentRecord
 
+_LINE_BREAKERS: Final = str.maketrans("\t\n", "  ")
 PushStatus = Literal["ok", "duplicate", "late", "too_large", "bad_id"]
 
 
@@ -50,20 +51,14 @@ class SegmentSink:
             len(records),
         ]
         for record in records:
-            arguments += [
-                record.record_id,
-                record.policy_version,
-                record.request_id,
-                segment_info(record),
-                record.encode_body(),
-            ]
+            arguments += [segment_line(record), record.encode_body()]
         reply = self._broker.run("push_segments", ["segments", "seen:now", "seen:before"], arguments)
-        if reply[0] == b"full":
+        if isinstance(reply, list):
             raise BrokerFull(
                 f"pushing {len(records)} rollouts: got {reply[1]} bytes in use of {settings.max_bytes}, "
                 "expected room; wait for the learner, or raise broker.max_bytes"
             )
-        return [status.decode() for status in reply]
+        return cast("list[PushStatus]", reply.decode().split())
 
     def push_when_room(self, records: Sequence[SegmentRecord], *, deadline_s: float) -> list[PushStatus]:
         """Push as soon as the byte budget allows; raises DeadlinePassed after ``deadline_s``."""
@@ -79,18 +74,14 @@ class SegmentSink:
             pause_s = min(2 * pause_s, 1.0)
 
 
-def segment_info(record: SegmentRecord) -> str:
+def segment_line(record: SegmentRecord) -> str:
     """Return the line by which the log describes a rollout: see ``push_segments.lua``."""
     num_tokens = len(record.prompt_token_ids) + len(record.response_token_ids)
-    fields = (
-        num_tokens,
-        record.task,
-        record.sample_id,
-        record.generated_at_ms,
-        record.purpose,
-        record.optimizer_step,
+    task, sample_id = record.task.translate(_LINE_BREAKERS), record.sample_id.translate(_LINE_BREAKERS)
+    return (
+        f"{record.record_id}\t{record.policy_version}\t{record.request_id}\t{num_tokens}\t{task}\t{sample_id}"
+        f"\t{record.generated_at_ms}\t{record.purpose}\t{record.optimizer_step}"
     )
-    return "\t".join(" ".join(str(item).split()) for item in fields)
 
 
 @dataclass

@@ -26,6 +26,9 @@ class BrokerAddress:
     username: str | None = None
     password: str | None = None
     ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    check_hostname: bool = True
     retries: int = 6
 
     def __repr__(self) -> str:
@@ -53,8 +56,14 @@ def open_redis(address: BrokerAddress, *, socket_timeout_s: float = 30.0) -> red
         options["username"] = address.username
     if address.password is not None:
         options["password"] = address.password
-    if address.ca_file is not None:
-        options["ssl_ca_certs"] = address.ca_file
+    if address.url.startswith("rediss://"):
+        options["ssl_check_hostname"] = address.check_hostname
+        files = {
+            "ssl_ca_certs": address.ca_file,
+            "ssl_certfile": address.cert_file,
+            "ssl_keyfile": address.key_file,
+        }
+        options |= {name: file for name, file in files.items() if file is not None}
     try:
         return redis.Redis.from_url(address.url, **options)
     except ValueError as exc:

@@ -11,6 +11,11 @@ The first level says what a loop does with it::
     │   ├── BrokerUnavailable      no connection, timeout, still loading
     │   ├── BrokerFull             the run's byte budget or the server's memory is used up
     │   └── BrokerRefused          wrong password, missing right, not a Redis we can use: do not retry
+    ├── RolloutServerError     fail this attempt of the job; it is tried again later
+    │   ├── ServerUnavailable      no connection, or no answer in time
+    │   ├── ServerFailed           an error of the server's own, or a reply that cannot be: a retry may help
+    │   └── ServerRefused          the server says no: the same request would fail again
+    │       └── PromptMismatch         the server saw other prompt tokens than we did
     ├── ConfigError            stop before anything is started
     ├── DataError              stop before training: the data set breaks its format
     └── RunStopped             leave together: a deadline passed or a role gave up
@@ -63,6 +68,26 @@ class BrokerFull(BrokerError):
 
 class BrokerRefused(BrokerError):
     """The broker answers and says no: a retry would not help."""
+
+
+class RolloutServerError(RollstreamError):
+    """A rollout server did not do what was asked."""
+
+
+class ServerUnavailable(RolloutServerError):
+    """The server cannot be reached or does not answer in time."""
+
+
+class ServerFailed(RolloutServerError):
+    """The server failed, or its reply cannot be right; another attempt may do better."""
+
+
+class ServerRefused(RolloutServerError):
+    """The server answers and says no, or its settings do not fit: a retry would not help."""
+
+
+class PromptMismatch(ServerRefused):
+    """The prompt tokens that the server saw are not ours."""
 
 
 class ConfigError(RollstreamError):

@@ -26,7 +26,7 @@ class LogEvent:
         return int(self.event_id.partition("-")[0])
 
     def text(self, name: str) -> str:
-        return self.fields.get(name, b"").decode()
+        return self.fields.get(name, b"").decode("utf-8", "replace")
 
     def number(self, name: str) -> int:
         return int(self.fields[name])

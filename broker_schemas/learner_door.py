@@ -25,6 +25,7 @@ class ClaimSettings:
 
     ``mode``: fallback (a short queue makes the step A), wait (ask again), sealed (the packs that the packer
     completed for this very step, any number a rank). ``packs_per_rank`` = GA.
+    ``processor_fingerprint`` is told with every policy, so that rollouts made with another are refused early.
     ``num_rollouts`` > 0 opens the step for that many rollouts before it is claimed (on-policy variants).
     """
 
@@ -34,6 +35,7 @@ class ClaimSettings:
     mode: ClaimMode = "fallback"
     num_rollouts: int = 0
     archived_only: bool = False
+    processor_fingerprint: str = ""
 
 
 class LearnerDoor:
@@ -105,6 +107,7 @@ class LearnerDoor:
             policy_version=policy_version,
             optimizer_step=optimizer_step,
             weights_path=weights_path,
+            processor_fingerprint=self._settings.processor_fingerprint,
         )
 
     def close(self) -> None:

@@ -31,7 +31,11 @@ ALLOWED: Final[dict[Stage, tuple[Stage | None, ...]]] = {
 
 @dataclass(kw_only=True)
 class RolloutHistory:
-    """One rollout: where it is and what is known of it. Times are ms of the server's clock, -1 unknown."""
+    """One rollout: where it is and what is known of it. Times are ms of the server's clock, -1 unknown.
+
+    ``asked_for_step`` is the step that asked for it (on-policy variants), ``optimizer_step`` the one that
+    claimed it.
+    """
 
     record_id: str
     stage: Stage
@@ -46,6 +50,7 @@ class RolloutHistory:
     generated_at_ms: int = -1
     pushed_at_ms: int = -1
     ended_at_ms: int = -1
+    asked_for_step: int = -1
     optimizer_step: int = -1
     pack_id: str = ""
 
@@ -113,10 +118,11 @@ def _requested(ledger: Ledger, event: LogEvent) -> None:
 
 
 def _pushed(ledger: Ledger, event: LogEvent) -> None:
-    for record_id, version, request_id, num_tokens, task, sample_id, generated, purpose, _ in event.rows(
+    for record_id, version, request_id, num_tokens, task, sample_id, generated, purpose, step in event.rows(
         "records"
     ):
         item = ledger.move(record_id, "pushed", event)
+        item.asked_for_step = int(step)
         item.policy_version, item.num_tokens = int(version), int(num_tokens)
         item.request_id, item.task, item.sample_id, item.purpose = request_id, task, sample_id, purpose
         item.generated_at_ms, item.pushed_at_ms = int(generated), event.at_ms

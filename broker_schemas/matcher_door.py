@@ -84,7 +84,8 @@ class MatcherDoor:
         for verdict in verdicts:
             arguments += _verdict_arguments(verdict)
         reply = self.broker.run("commit_match", ["segments", "matched", "rejected", "evaluations"], arguments)
-        return [status.decode() for status in reply]
+        statuses: list[str] = reply.decode().split()
+        return statuses
 
 
 def _verdict_arguments(verdict: MatchVerdict) -> list[str | int | bytes]:
@@ -99,16 +100,12 @@ def _verdict_arguments(verdict: MatchVerdict) -> list[str | int | bytes]:
         first = verdict.result_body
     elif verdict.outcome == "rejected":
         first, second = " ".join(verdict.detail.split())[:500].encode(), entry.body
-    return [
-        entry.entry_id,
-        entry.record_id,
-        verdict.outcome,
-        entry.policy_version,
-        len(entry.body),
-        text,
-        first,
-        second,
-    ]
+    record_id = entry.record_id.replace("\t", " ")
+    line = (
+        f"{entry.entry_id.decode()}\t{record_id}\t{verdict.outcome}\t{entry.policy_version}"
+        f"\t{len(entry.body)}\t{text}"
+    )
+    return [line, first, second]
 
 
 def describe(segment: MatchedSegment) -> MatchedDescriptor:

@@ -11,12 +11,16 @@ from broker_schemas.connection import broker_errors
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedPolicy:
-    """What ``publish_policy`` made current; ``weights_path`` is a Hugging Face folder."""
+    """What ``publish_policy`` made current; ``weights_path`` is a Hugging Face folder.
+
+    ``processor_fingerprint`` names the image processor that the learner uses, empty where it did not say.
+    """
 
     policy_version: int
     optimizer_step: int
     weights_path: str
     published_at_ms: int
+    processor_fingerprint: str = ""
 
 
 def read_policy(broker: Broker) -> PublishedPolicy | None:
@@ -30,9 +34,18 @@ def read_policy(broker: Broker) -> PublishedPolicy | None:
         optimizer_step=int(fields[b"optimizer_step"]),
         weights_path=fields[b"weights_path"].decode(),
         published_at_ms=int(fields[b"published_at_ms"]),
+        processor_fingerprint=fields.get(b"processor_fingerprint", b"").decode(),
     )
 
 
-def publish_policy(broker: Broker, *, policy_version: int, optimizer_step: int, weights_path: str) -> bool:
+def publish_policy(
+    broker: Broker,
+    *,
+    policy_version: int,
+    optimizer_step: int,
+    weights_path: str,
+    processor_fingerprint: str = "",
+) -> bool:
     """Make a version current; False when it, or a later one, is current already. Raises BrokerError."""
-    return bool(broker.run("publish_policy", ["policy"], [policy_version, optimizer_step, weights_path]))
+    arguments: list[str | int] = [policy_version, optimizer_step, weights_path, processor_fingerprint]
+    return bool(broker.run("publish_policy", ["policy"], arguments))

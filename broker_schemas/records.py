@@ -212,7 +212,8 @@ class MatchedSegment:
     tokens with a coordinate loss: ``slot_positions`` (S,) int32 index ``token_ids``, strictly rising;
     ``slot_targets`` (S,) int16 bins; ``slot_in_prefix`` (S,) true for matched prefix slots, false for
     appended ones.
-    ``counters`` are the counts of M-12 for this rollout.
+    ``counters`` are the counts of M-12 for this rollout. ``assistant_payload`` and ``response_tail_ids``
+    (what the rollout wrote beyond the kept prefix) let it be looked at again; both are empty on A.
     """
 
     KIND = "matched"
@@ -235,6 +236,16 @@ class MatchedSegment:
     counters: Mapping[str, int] = field(default_factory=dict)
     optimizer_step: int = NOT_STEP_BOUND
     generated_at_ms: int = 0
+    assistant_payload: tuple[GroundTruthObject, ...] = ()
+    response_tail_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    num_response_tokens: int = 0
+
+    @property
+    def response_token_ids(self) -> NDArray[np.int32]:
+        """The rollout as it was written (R,): what the sequence shares with it, then the tail."""
+        shared = self.num_response_tokens - len(self.response_tail_ids)
+        kept = self.token_ids[self.prompt_length : self.prompt_length + shared]
+        return np.concatenate([kept, self.response_tail_ids]).astype(np.int32)
 
     @property
     def encoded_length(self) -> int:
@@ -262,6 +273,9 @@ class MatchedSegment:
                 "counters": dict(self.counters),
                 "optimizer_step": self.optimizer_step,
                 "generated_at_ms": self.generated_at_ms,
+                "assistant_payload": [item.to_body() for item in self.assistant_payload],
+                "response_tail_ids": codec.encode_array(self.response_tail_ids, "<i4"),
+                "num_response_tokens": self.num_response_tokens,
             }
         )
 
@@ -293,6 +307,9 @@ class MatchedSegment:
             counters=read.counts("counters"),
             optimizer_step=read.integer("optimizer_step", low=NOT_STEP_BOUND, default=NOT_STEP_BOUND),
             generated_at_ms=read.integer("generated_at_ms", low=0, default=0),
+            assistant_payload=read.items("assistant_payload", GroundTruthObject.from_body),
+            response_tail_ids=read.token_ids("response_tail_ids"),
+            num_response_tokens=read.integer("num_response_tokens", low=0, default=0),
         )
         segment.check(where)
         return segment
@@ -302,6 +319,11 @@ class MatchedSegment:
         length, first = len(self.token_ids), self.prompt_length
         if first >= length:
             raise MalformedRecord(f"{where}: got prompt_length {first} of {length} tokens, expected less")
+        shared = self.num_response_tokens - len(self.response_tail_ids)
+        if not 0 <= shared <= length - first:
+            raise MalformedRecord(
+                f"{where}: got {shared} response tokens in the sequence, expected 0 or more"
+            )
         if len(self.slot_targets) != len(self.slot_positions):
             raise MalformedRecord(
                 f"{where}: got {len(self.slot_targets)} slot targets for {len(self.slot_positions)} slots"

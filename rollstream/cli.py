@@ -15,7 +15,7 @@ from rich.console import Console
 
 from broker_schemas.errors import BrokerError, ConfigError, DataError, RollstreamError, RunStopped
 from configs import RunConfig, load_config
-from rollstream import cli_bench, cli_config, cli_data, cli_runs
+from rollstream import cli_bench, cli_config, cli_data, cli_queue, cli_runs
 
 app = typer.Typer(
     name="rollstream",
@@ -29,6 +29,7 @@ app.add_typer(cli_data.data_app, name="data", help="Import and generate data set
 app.add_typer(cli_data.model_app, name="model", help="Make tiny models.")
 app.add_typer(cli_bench.app, name="bench", help="Measure the budgets.")
 cli_runs.register(app)
+cli_queue.register(app)
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
 Overrides = Annotated[

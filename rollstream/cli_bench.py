@@ -38,3 +38,11 @@ def matching(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> N
     from rollstream.bench_matching import run_matching_bench
 
     _report(run_matching_bench, seed, quick, as_json)
+
+
+@app.command()
+def queue(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """The broker's share: throughput against bare Redis commands, memory, bytes, latency, growth."""
+    from rollstream.bench_queue import run_queue_bench
+
+    _report(run_queue_bench, seed, quick, as_json)

@@ -37,12 +37,16 @@ def collect(
 
 def replay(
     run: RunPath,
-    from_step: Annotated[int | None, typer.Option(help="start from the run's checkpoint of this step")] = None,
+    from_step: Annotated[
+        int | None, typer.Option(help="start from the run's checkpoint of this step")
+    ] = None,
     to_step: Annotated[int | None, typer.Option(help="end before this step; default: all archived")] = None,
     packing_selector: Annotated[
         str | None, typer.Option(help="pack each step's segments again: exact, binpacking, fifo")
     ] = None,
-    loss: Annotated[list[str] | None, typer.Option(help="another loss setting, key=value; may repeat")] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="another loss setting, key=value; may repeat")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train again from the archived log and compare; unchanged, it must be equal to the bit."""

@@ -131,6 +131,22 @@ class ImageProcessor:
         frames, rows, columns = (int(size) for size in output["image_grid_thw"][0])
         return output["pixel_values"].float(), (frames, rows, columns)
 
+    def resized(self, path: str | Path) -> tuple[Image, GridTHW]:
+        """Return (RGB image at the size the model sees, grid_thw) of the image at ``path``.
+
+        A processor with the same bounds leaves it as it is, so that another program sees the same pixels.
+        Errors as ``load``.
+        """
+        from PIL import Image
+
+        image = open_image(confine_image_path(self.root, path))
+        grid = self.grid_for_size(*image.size)
+        patch = int(self._processor.patch_size)
+        size = (grid[2] * patch, grid[1] * patch)
+        if image.size == size:
+            return image, grid
+        return image.resize(size, resample=Image.Resampling(int(self._processor.resample))), grid
+
     def grid_for_size(self, width: int, height: int) -> GridTHW:
         """Return the (frames, rows, columns) that an image of this size in pixels gets; raises DataError."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize

@@ -11,16 +11,24 @@
 -- Reply: {0, record id, ...}: these are no longer pending, nothing is changed;
 --        {1, packs made, packs dropped as stale, packs dropped by overflow}.
 local group, oldest, limit, num = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
-if ARGV[5] ~= '-1' and redis.call('HEXISTS', KEYS[4], ARGV[5]) == 1 then return {1, 0, 0, 0} end
+local step = ARGV[5]
+if step ~= '-1' then -- said again: sealed, or claimed since, or settled since
+  local settled = tonumber(redis.call('HGET', COUNTERS, 'settled_steps') or '0')
+  if redis.call('HEXISTS', KEYS[4], step) == 1 or redis.call('EXISTS', PREFIX .. 'claim:' .. step) == 1
+    or tonumber(step) < settled then return {1, 0, 0, 0} end
+end
 
-local packs, gone, at = {}, {0}, 7
+local packs, gone, named, at = {}, {0}, {}, 7
 for i = 1, num do
   local pack = {rank = ARGV[at], body = ARGV[at + 1], version = ARGV[at + 2], id = ARGV[at + 3], entries = {}, ids = {}}
   local segments = tonumber(ARGV[at + 4])
   at = at + 5
   for j = 1, segments do
     local entry = ARGV[at]
-    if #redis.call('XPENDING', KEYS[3], group, entry, entry, 1) == 0 then gone[#gone + 1] = ARGV[at + 1] end
+    if named[entry] or #redis.call('XPENDING', KEYS[3], group, entry, entry, 1) == 0 then
+      gone[#gone + 1] = ARGV[at + 1]
+    end
+    named[entry] = true
     pack.entries[j], pack.ids[j] = entry, ARGV[at + 1]
     at = at + 2
   end
@@ -30,10 +38,10 @@ if #gone > 1 then return gone end
 
 local made, stale, overflow = 0, 0, 0
 for _, pack in ipairs(packs) do
-  for _, entry in ipairs(pack.entries) do
-    redis.call('XACK', KEYS[3], group, entry)
-    redis.call('XDEL', KEYS[3], entry)
-  end
+  in_chunks(pack.entries, function(chunk)
+    redis.call('XACK', KEYS[3], group, unpack(chunk))
+    redis.call('XDEL', KEYS[3], unpack(chunk))
+  end)
   local ids = table.concat(pack.ids, ' ')
   if tonumber(pack.version) < oldest then
     drop_segments(ids, 'stale', 'packing')
@@ -41,7 +49,7 @@ for _, pack in ipairs(packs) do
   else
     local ready = PREFIX .. 'ready:' .. pack.rank
     redis.call('XADD', ready, '*', 'pack', pack.body, 'version', pack.version, 'ids', ids, 'id', pack.id,
-      'step', ARGV[5])
+      'step', step)
     emit('packed', 'rank', pack.rank, 'pack_id', pack.id, 'policy_version', pack.version, 'ids', ids)
     count('packed', 1)
     count('packed_segments', #pack.ids)
@@ -54,9 +62,9 @@ for _, pack in ipairs(packs) do
     end
   end
 end
-if ARGV[5] ~= '-1' then
-  redis.call('HSET', KEYS[4], ARGV[5], made)
-  if redis.call('HGET', KEYS[5], 'optimizer_step') == ARGV[5] then redis.call('HSET', KEYS[5], 'sealed', 1) end
-  emit('sealed', 'optimizer_step', ARGV[5], 'num_packs', made)
+if step ~= '-1' then
+  redis.call('HSET', KEYS[4], step, made)
+  if redis.call('HGET', KEYS[5], 'optimizer_step') == step then redis.call('HSET', KEYS[5], 'sealed', 1) end
+  emit('sealed', 'optimizer_step', step, 'num_packs', made)
 end
 return {1, made, stale, overflow}

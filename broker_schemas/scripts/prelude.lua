@@ -5,6 +5,7 @@
 --   payload:<record id>  string   MatchedSegment body
 --   ready:<rank>         stream   fields pack, version, ids, step
 --   request:<id>         hash     spec, num_records, records, remaining, attempt, purpose
+--   admitted             set      entry ids of `segments` that came through push_segments and are not committed
 -- Lists inside an event are lines: records parted by "\n", fields by "\t", ids by " ".
 local EVENTS, COUNTERS, PREFIX = KEYS[1], KEYS[2], ARGV[1]
 
@@ -16,17 +17,24 @@ local function count(field, by)
   if by ~= 0 then redis.call('HINCRBY', COUNTERS, field, by) end
 end
 
+-- Calls `act` with pieces of a list: unpack() fails on a list of some thousands.
+local function in_chunks(list, act)
+  for first = 1, #list, 1000 do
+    act({unpack(list, first, math.min(first + 999, #list))})
+  end
+end
+
 -- Frees the payloads of a space-parted list of ids; returns how many ids it names.
 local function free_payloads(ids)
-  local freed, num = 0, 0
+  local freed, payloads = 0, {}
   for id in string.gmatch(ids, '%S+') do
     local key = PREFIX .. 'payload:' .. id
     freed = freed + redis.call('STRLEN', key)
-    redis.call('UNLINK', key)
-    num = num + 1
+    payloads[#payloads + 1] = key
   end
+  in_chunks(payloads, function(chunk) redis.call('UNLINK', unpack(chunk)) end)
   count('bytes', -freed)
-  return num
+  return #payloads
 end
 
 -- Drops segments that are already matched: payload freed, event, count. Empty list: nothing.

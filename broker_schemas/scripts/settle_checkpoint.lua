@@ -1,10 +1,12 @@
--- Frees what a checkpoint covers: claims of earlier steps and the payloads of their packs.
+-- Frees what a checkpoint covers: claims of earlier steps and the payloads of their packs. A claim that was not
+-- committed yet is committed here, with an empty summary.
 -- KEYS[3]  claims   zset  as in claim_step
 -- KEYS[4]  archive  hash  cursor: id of the last event that is archived with its payloads
 -- ARGV[2]  optimizer steps the checkpoint covers: all below this number
 -- ARGV[3]  1: only what the archive has passed already
 -- ARGV[4]  claims to free in one call
 -- Reply: {freed now, still to free}
+local NO_SUMMARY = '\128' -- an empty msgpack map
 local upto, freed, ids, last = tonumber(ARGV[2]), 0, {}, nil
 
 local function later(left, right)
@@ -19,6 +21,12 @@ local steps = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', '(' .. upto, 'LIMIT',
 for _, step in ipairs(steps) do
   local key = PREFIX .. 'claim:' .. step
   if ARGV[3] == '1' and later(redis.call('HGET', key, 'event'), cursor) then break end
+  -- a library loop that says nothing until its checkpoint: the checkpoint proves that the step was taken
+  if redis.call('HSETNX', key, 'committed', 1) == 1 then
+    emit('committed', 'optimizer_step', step, 'summary', NO_SUMMARY)
+    count('committed_steps', 1)
+    count('trained_segments', tonumber(redis.call('HGET', key, 'num_segments')))
+  end
   local claim = redis.call('HGETALL', key)
   for i = 1, #claim, 2 do
     if string.sub(claim[i], 1, 4) == 'ids:' then ids[#ids + 1] = claim[i + 1] end

@@ -73,7 +73,9 @@ def pack_all(
         )
         for rank, item in zip(ranks, pending, strict=True)
     ]
-    return door.commit(planned, oldest_policy_version=oldest, queue_limit=queue_limit, sealed_step=sealed_step)
+    return door.commit(
+        planned, oldest_policy_version=oldest, queue_limit=queue_limit, sealed_step=sealed_step
+    )
 
 
 def ready_packs(broker: Broker, *record_ids: str, ranks: Sequence[int], version: int = 0) -> None:
