@@ -21,7 +21,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    for command in (up, down, demo, audit, top, report, inspect):
+    for command in (up, down, demo, smoke, audit, top, report, inspect):
         app.command()(command)
     app.command("eval")(evaluate)
 
@@ -59,6 +59,24 @@ def demo(
     status = run_demo(steps=steps, output_dir=output_dir)
     if status:
         raise typer.Exit(status)
+
+
+def smoke(
+    config: ConfigPath,
+    num_samples: Annotated[int, typer.Option(help="training samples")] = 16,
+    overrides: Overrides = None,
+) -> None:
+    """Look at the method once: greedy rollouts of a few samples, matched; counters and worked examples."""
+    from rollstream.run_model import make_described_model
+    from rollstream.smoke import run_smoke
+
+    loaded = load_config(config, tuple(overrides or ()))
+    make_described_model(loaded)
+    result = run_smoke(loaded, num_samples=num_samples)
+    console = Console(soft_wrap=True, highlight=False)
+    for name, count in {**result.counters, **result.rejections}.items():
+        console.print(f"{name:28} {count}")
+    console.print(f"artefacts: {result.folder}", markup=False)
 
 
 def evaluate(

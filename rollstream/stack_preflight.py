@@ -10,7 +10,7 @@ from broker_schemas.errors import BrokerUnavailable, DataError
 from configs import RunConfig
 from rollstream.embedded_redis import find_redis_server
 from rollstream.ports_in_use import check_ports_free
-from rollstream.stack_plan import COMMAND_OF_ROLE, LEARNER, RoleName, planned_roles
+from rollstream.scrape_targets import metrics_ports
 from rollstream.wiring import access
 
 
@@ -23,10 +23,12 @@ def check_inputs(config: RunConfig) -> None:
                 f"{key}: no file {path}; correct the path (it is relative to the working directory, "
                 f"{Path.cwd()}), or make the data with 'rollstream data import' or 'rollstream data scenes'"
             )
+        if path is not None:
+            access.read_samples(config, path, check_images=True)
     if config.model.name_or_path is not None:
         access.model_dir(config)
     if config.metrics.base_port:
-        check_ports_free(config.metrics.host, _metrics_ports(config))
+        check_ports_free(config.metrics.host, {port: str(name) for name, port in metrics_ports(config)})
     if config.broker.url is None:
         find_redis_server()
         return
@@ -40,13 +42,3 @@ def check_inputs(config: RunConfig) -> None:
         ) from exc
     finally:
         client.close()
-
-
-def _metrics_ports(config: RunConfig) -> dict[int, str]:
-    names = [name for name in planned_roles(config) if name.role != LEARNER]
-    names += [RoleName(role=LEARNER, index=rank) for rank in range(config.learner_world_size)]
-    offsets = access.PORT_OFFSETS
-    return {
-        config.metrics.base_port + offsets[COMMAND_OF_ROLE[name.role]] + name.index: str(name)
-        for name in names
-    }

@@ -103,10 +103,14 @@ def image_processor(config: RunConfig, folder: Path, jsonl: str) -> ImageProcess
     )
 
 
-def read_samples(config: RunConfig, jsonl: str) -> list[Sample]:
-    """Return a data set in the run's object order; raises DataError."""
+def read_samples(config: RunConfig, jsonl: str, *, check_images: bool = False) -> list[Sample]:
+    """Return a data set in the run's object order, its images opened on request; raises DataError."""
     return read_dataset(
-        jsonl, root=config.data.root, ordering=config.data.object_ordering, seed=config.run.seed
+        jsonl,
+        root=config.data.root,
+        ordering=config.data.object_ordering,
+        seed=config.run.seed,
+        check_images=check_images,
     )
 
 
