@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from broker_schemas import codec
-from broker_schemas.errors import BrokerError, MalformedRecord, RecordError
+from broker_schemas.errors import MalformedRecord, RecordError
 from broker_schemas.freshness import oldest_allowed
 from broker_schemas.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.policy import PublishedPolicy, read_policy
 from broker_schemas.records import SegmentRecord
+from broker_schemas.role_loop import keep_stepping
 from consumers.metrics import MatcherMetrics
 from consumers.record_matching import MatcherTools, MatchOutcome, ParseFailure, match_record
 
@@ -69,15 +70,7 @@ class Matcher:
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
-        pause_s = 0.1
-        while not stop.is_set():
-            try:
-                self.step(time.monotonic())
-                pause_s = 0.1
-            except BrokerError as exc:
-                log.warning("matcher: %s; trying again", exc)
-                stop.wait(pause_s)
-                pause_s = min(2 * pause_s, 5.0)
+        keep_stepping(lambda: self.step(time.monotonic()), stop, role="matcher")
 
     def step(self, now_s: float) -> int:
         """Match one batch; return how many rollouts it held. Raises BrokerError."""

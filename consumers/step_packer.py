@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from broker_schemas.errors import BrokerError, RunStopped
+from broker_schemas.errors import RunStopped
 from broker_schemas.packer_door import PackerDoor, PendingDescriptor, PlannedPack
 from broker_schemas.packs import ReadyPack
+from broker_schemas.role_loop import keep_stepping
 from broker_schemas.status import OpenStep, read_status
 from consumers.metrics import PackerMetrics
 from consumers.packing import PackingError
@@ -46,12 +47,7 @@ class StepPacker:
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
-        while not stop.is_set():
-            try:
-                self.step()
-            except BrokerError as exc:
-                log.warning("packer: %s; trying again", exc)
-                stop.wait(1.0)
+        keep_stepping(self.step, stop, role="packer")
 
     def step(self) -> int:
         """Read once and seal the open step if it is complete; return the number of packs made."""

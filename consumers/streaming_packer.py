@@ -12,6 +12,7 @@ from broker_schemas.freshness import oldest_allowed
 from broker_schemas.packer_door import PackerDoor, PendingDescriptor, PlannedPack
 from broker_schemas.packs import ReadyPack
 from broker_schemas.policy import read_policy
+from broker_schemas.role_loop import keep_stepping
 from consumers.metrics import PackerMetrics
 from consumers.pack_buffer import BufferedSegment, PackBuffer, PackBufferSettings, PackChoice, Urgency
 from consumers.packing import OversizedSegment
@@ -47,15 +48,7 @@ class StreamingPacker:
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
-        pause_s = 0.1
-        while not stop.is_set():
-            try:
-                self.step(time.monotonic())
-                pause_s = 0.1
-            except BrokerError as exc:
-                log.warning("packer: %s; trying again", exc)
-                stop.wait(pause_s)
-                pause_s = min(2 * pause_s, 5.0)
+        keep_stepping(lambda: self.step(time.monotonic()), stop, role="packer")
 
     def step(self, now_s: float) -> int:
         """Read, drop, pack once; return the number of packs made. Raises BrokerError."""

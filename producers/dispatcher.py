@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from rq import Queue
 
 from broker_schemas.broker import Broker
-from broker_schemas.errors import BrokerError
 from broker_schemas.records import NOT_STEP_BOUND
+from broker_schemas.role_loop import keep_stepping
 from broker_schemas.rollout_requests import (
     LeaseSettings,
     RolloutRequest,
@@ -63,14 +63,9 @@ class Dispatcher:
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
-        pause_s = self._settings.poll_s
-        while not stop.wait(pause_s):
-            try:
-                self.step(time.monotonic())
-                pause_s = self._settings.poll_s
-            except BrokerError as exc:
-                log.warning("dispatcher: %s; trying again", exc)
-                pause_s = min(2 * pause_s, 5.0)
+        keep_stepping(
+            lambda: self.step(time.monotonic()), stop, role="dispatcher", pause_s=self._settings.poll_s
+        )
 
     def step(self, now_s: float) -> int:
         """Look once, issue what is wanted; return the number of rollouts asked for. Raises BrokerError."""

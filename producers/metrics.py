@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# shown at 0 before they first happen, so that a rate over them has a beginning
+PUSH_STATUSES: Final = ("ok", "duplicate", "late", "too_large", "bad_id")
+FAILURE_REASONS: Final = ("generation_failed",)
 
 
 class ProducerMetrics:
@@ -27,13 +32,21 @@ class ProducerMetrics:
             registry=registry,
         )
         self._version = Gauge(
-            "rollstream_producer_policy_version", "Version of the weights in use.", registry=registry
+            "rollstream_producer_policy_version_count", "Version of the weights in use.", registry=registry
         )
         self._waits = Counter(
             "rollstream_producer_wait_seconds_total",
             "Time spent waiting for room in the broker.",
             registry=registry,
         )
+        self._sync_failures = Counter(
+            "rollstream_sync_failures_total", "Weights that could not be loaded.", registry=registry
+        )
+        for status in PUSH_STATUSES:
+            self._rollouts.labels(status)
+
+    def on_sync_failed(self) -> None:
+        self._sync_failures.inc()
 
     def on_generated(self, num_tokens: int, generation_s: float, policy_version: int) -> None:
         self._tokens.inc(num_tokens)
@@ -63,8 +76,10 @@ class DispatcherMetrics:
             registry=registry,
         )
         self._outstanding = Gauge(
-            "rollstream_rollouts_outstanding", "Rollouts asked for and not yet matched.", registry=registry
+            "rollstream_outstanding_rollouts", "Rollouts asked for and not yet matched.", registry=registry
         )
+        for reason in FAILURE_REASONS:
+            self._failed.labels(reason)
 
     def on_issued(self, num_rollouts: int) -> None:
         self._requests.inc(num_rollouts)

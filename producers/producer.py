@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from broker_schemas.broker import Broker
 from broker_schemas.client import SegmentSink
-from broker_schemas.errors import BrokerError, DeadlinePassed
+from broker_schemas.errors import BrokerError, DeadlinePassed, RollstreamError
 from broker_schemas.policy import read_policy
 from broker_schemas.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
 from broker_schemas.sample_format.dataset import Sample
@@ -78,7 +78,11 @@ class Producer:
                     f"{self.settings.deadline_s:g} s; is the learner running?"
                 )
             time.sleep(0.1)
-        self.backend.follow(policy)
+        try:
+            self.backend.follow(policy)
+        except RollstreamError:
+            self.metrics.on_sync_failed()
+            raise
 
     @contextmanager
     def _lease_kept(self, request_id: str) -> Iterator[None]:

@@ -5,7 +5,6 @@ Two append-only files of frames (length, msgpack map) in the run folder; a torn 
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
 import threading
@@ -18,12 +17,12 @@ from prometheus_client import CollectorRegistry
 from broker_schemas import codec
 from broker_schemas.broker import Broker
 from broker_schemas.connection import broker_errors
-from broker_schemas.errors import BrokerError, DataError
+from broker_schemas.errors import DataError
 from broker_schemas.events import LogEvent, follow_events
 from broker_schemas.records import MatchedSegment
+from broker_schemas.role_loop import keep_stepping
 from rollstream.archive_metrics import ArchiveMetrics
 
-log = logging.getLogger(__name__)
 FRAME: Final = struct.Struct("<I")
 EVENTS_FILE: Final = "events.frames"
 PAYLOADS_FILE: Final = "payloads.frames"
@@ -89,12 +88,7 @@ class ArchiveWriter:
 
     def loop(self, stop: threading.Event) -> None:
         """Archive until ``stop``, then once more to the end of the log; waits for a lost broker."""
-        while not stop.is_set():
-            try:
-                self.step(block_ms=500)
-            except BrokerError as exc:
-                log.warning("archive: %s; trying again", exc)
-                stop.wait(1.0)
+        keep_stepping(lambda: self.step(block_ms=500), stop, role="archive")
         while self.step(block_ms=1):
             pass
 

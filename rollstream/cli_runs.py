@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from rollstream.run_folder import RunFolder
 RunPath = Annotated[Path, typer.Argument(help="folder of the run, runs/<name>")]
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
+PIPED_COLUMNS = 160
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 
 
@@ -24,6 +26,11 @@ def register(app: typer.Typer) -> None:
     for command in (up, down, demo, smoke, audit, top, report, inspect):
         app.command()(command)
     app.command("eval")(evaluate)
+
+
+def _table_console() -> Console:
+    """Return a console for tables: as wide as the terminal, wide enough for whole ids where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPED_COLUMNS)
 
 
 def up(
@@ -114,7 +121,7 @@ def audit(
     from rollstream.auditing import audit_run
 
     result = audit_run(run)
-    console = Console()
+    console = _table_console()
     if as_json:
         console.print_json(json.dumps(result.to_json()))
     elif step is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from broker_schemas.ledger import StepHistory
 from rollstream.run_folder import read_json_lines
 from tests.e2e.conftest import Program, ledger_of
 
@@ -24,6 +27,23 @@ def test_stage2_async_trains_from_the_queue_and_balances(program: Program) -> No
         if step.kind == "B":
             packs_of_ranks = [sum(rank == r for rank, *_ in step.packs) for r in (0, 1)]
             assert packs_of_ranks == [2, 2]
+            last = step
+    _look_at_it(program, folder.path, last)
+
+
+def _look_at_it(program: Program, run: Path, step: StepHistory) -> None:
+    """The commands that show a run find what the log says."""
+    record_id = step.packs[0][3][0]
+    shown = program.run("audit", str(run), "--step", str(step.optimizer_step))
+    assert record_id in shown.stdout
+    picture = program.workdir / "rollout.png"
+    inspected = program.run("inspect", str(run), record_id, "--picture", str(picture))
+    assert inspected.returncode == 0, inspected.stderr
+    assert "training sequence" in inspected.stdout
+    assert picture.stat().st_size > 0
+    assert program.run("top", str(run), "--once").returncode == 0
+    assert program.run("report", str(run)).returncode == 0
+    assert "</html>" in (run / "report.html").read_text()
 
 
 @pytest.mark.req("P-8", "P-5")
