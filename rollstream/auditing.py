@@ -10,6 +10,7 @@ from broker_schemas.connection import BrokerAddress
 from broker_schemas.errors import BrokerError, ConfigError
 from broker_schemas.status import read_status
 from rollstream.audit import Audit, all_events, take_audit
+from rollstream.report.writing import write_atomically
 from rollstream.run_folder import RunFolder
 
 
@@ -24,6 +25,11 @@ def audit_run(path: Path) -> Audit:
         )
     counters = dict(read_status(broker, 1).counters) if broker is not None else None
     return take_audit(all_events(folder.archive_dir, broker), counters=counters)
+
+
+def keep_audit(path: Path, audit: Audit) -> None:
+    """Write the sums into the run folder, where the report finds them."""
+    write_atomically(RunFolder(path).audit, json.dumps(audit.to_json(), indent=1) + "\n")
 
 
 def running_broker(folder: RunFolder) -> Broker | None:

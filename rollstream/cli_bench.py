@@ -46,3 +46,11 @@ def queue(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None
     from rollstream.bench_queue import run_queue_bench
 
     _report(run_queue_bench, seed, quick, as_json)
+
+
+@app.command()
+def pipeline(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """The learner's idle share, and steps a second against the same work on policy."""
+    from rollstream.bench_pipeline import run_pipeline_bench
+
+    _report(run_pipeline_bench, seed, quick, as_json)

@@ -116,11 +116,12 @@ def audit(
     sample: Annotated[str | None, typer.Option(help="show what became of this sample's rollouts")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that every rollout asked for is trained, dropped, rejected or in flight."""
+    """Prove that every rollout asked for is accounted for; the sums are kept as audit.json."""
     from rollstream.audit import render_audit, render_sample, render_step
-    from rollstream.auditing import audit_run
+    from rollstream.auditing import audit_run, keep_audit
 
     result = audit_run(run)
+    keep_audit(run, result)
     console = _table_console()
     if as_json:
         console.print_json(json.dumps(result.to_json()))
@@ -156,9 +157,8 @@ def top(
     run: RunPath,
     once: Annotated[bool, typer.Option(help="print one picture and end")] = False,
 ) -> None:
-    """Watch a run: depths, lag, rates, who waits on whom."""
-    from rich.live import Live
-
+    """Watch a run: depths, lag, rates, who waits on whom; q or Ctrl-C ends it."""
+    from rollstream.live_screen import watch
     from rollstream.live_table import LiveView
 
     view = LiveView(RunFolder.existing(run))
@@ -166,13 +166,7 @@ def top(
     if once or not console.is_terminal:
         console.print(view.render(int(time.time() * 1000)))
         return
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        try:
-            while True:
-                live.update(view.render(int(time.time() * 1000)), refresh=True)
-                time.sleep(0.5)
-        except KeyboardInterrupt:
-            return
+    watch(console, lambda: view.render(int(time.time() * 1000)))
 
 
 def report(run: RunPath) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Final
 
@@ -12,10 +11,9 @@ import configs
 from broker_schemas.errors import DataError
 from configs import RunConfig, load_config
 from rollstream.audit import render_audit
-from rollstream.auditing import audit_run
+from rollstream.auditing import audit_run, keep_audit
 from rollstream.evaluating import evaluate_run
 from rollstream.report import build_report, render_terminal, write_report
-from rollstream.report.writing import write_atomically
 from rollstream.run_folder import RunFolder
 from rollstream.scenes import make_scenes
 from rollstream.stack import StackOptions, run_stack
@@ -76,7 +74,7 @@ def _evaluate(config: RunConfig, console: Console, label: str, model: Path | Non
 
 def _conclude(folder: RunFolder, console: Console) -> int:
     audit = audit_run(folder.path)
-    write_atomically(folder.audit, json.dumps(audit.to_json(), indent=1))
+    keep_audit(folder.path, audit)
     path = write_report(folder)
     console.print(render_terminal(build_report(folder)))
     console.print(render_audit(audit))
