@@ -43,11 +43,12 @@ class BrokerAddress:
 def open_redis(address: BrokerAddress, *, socket_timeout_s: float = 30.0) -> redis.Redis:
     """Return a client that retries lost connections with backoff (50 ms to 3 s, ``retries`` times).
 
+    Connecting, and each wait for an answer, takes ``socket_timeout_s`` at most, connecting no more than 5 s.
     Nothing is sent yet. Raises BrokerRefused for a URL that is none.
     """
     options: dict[str, object] = {
         "socket_timeout": socket_timeout_s,
-        "socket_connect_timeout": 5.0,
+        "socket_connect_timeout": min(5.0, socket_timeout_s),
         "retry": Retry(ExponentialBackoff(cap=3.0, base=0.05), address.retries),
         "retry_on_error": [redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError],
         "health_check_interval": 30,

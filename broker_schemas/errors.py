@@ -83,7 +83,14 @@ class ServerFailed(RolloutServerError):
 
 
 class ServerRefused(RolloutServerError):
-    """The server answers and says no, or its settings do not fit: a retry would not help."""
+    """The server answers and says no, or its settings do not fit: a retry would not help.
+
+    ``status`` is its HTTP status, 0 where it was not the server that said no.
+    """
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class PromptMismatch(ServerRefused):

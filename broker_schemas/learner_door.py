@@ -45,13 +45,15 @@ class LearnerDoor:
         self._broker = broker
         self._settings = settings
         self._opened = -1
+        self._claimed = -1
 
     def claim_step(
         self, *, optimizer_step: int, scheduled_kind: Channel, policy_version: int
     ) -> StepClaim | None:
         """Return the decision for a step, None where it cannot be taken yet; a decision never changes [Q-8].
 
-        Raises RunStopped for a step that a checkpoint has covered already.
+        Raises RunStopped for a step that a checkpoint has covered already, and when the broker has lost the
+        claim that this door was given last.
         """
         settings = self._settings
         if settings.num_rollouts and scheduled_kind == "B" and self._opened < optimizer_step:
@@ -70,14 +72,18 @@ class LearnerDoor:
                 oldest_allowed(policy_version, settings.version_window),
                 policy_version,
                 settings.mode,
+                self._claimed,
             ],
         )
         if not reply:
             return None
+        if reply == [b"lost"]:
+            raise _claim_lost(self._claimed)
         if reply == [b"settled"]:
             raise RunStopped(
                 f"optimizer step {optimizer_step}: a checkpoint covers it; resume from the latest one"
             )
+        self._claimed = optimizer_step
         return claim_from_fields(optimizer_step, settings.world_size, reply)
 
     def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
@@ -85,10 +91,15 @@ class LearnerDoor:
         return fetch_segments(self._broker, segment_ids)
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
-        """Record that the step was taken; said twice, the first stays."""
-        self._broker.run(
+        """Record that the step was taken; said twice, the first stays.
+
+        Raises RunStopped when the broker has lost the claim that it gave to this door.
+        """
+        reply = self._broker.run(
             "commit_step", [f"claim:{optimizer_step}"], [optimizer_step, codec.encode_map(summary)]
         )
+        if reply == -1 and self._claimed == optimizer_step:
+            raise _claim_lost(optimizer_step)
 
     def settle_checkpoint(self, *, optimizer_step: int) -> None:
         """Free all steps below ``optimizer_step``, as far as the archive has come."""
@@ -131,4 +142,13 @@ def claim_from_fields(optimizer_step: int, world_size: int, flat: Sequence[bytes
         policy_version=int(fields[b"policy_version"]),
         packs=tuple(packs) if kind == "B" else (),
         short_ranks=tuple(int(rank) for rank in fields[b"short"].split()),
+    )
+
+
+def _claim_lost(optimizer_step: int) -> RunStopped:
+    """Return why a learner must not go on: its last rollouts would be claimed, and trained, again."""
+    return RunStopped(
+        f"optimizer step {optimizer_step}: the broker no longer knows its claim, so it crashed and lost what "
+        "it had acknowledged; start again: the run goes on from its last checkpoint. With broker.durability "
+        "'always' (on a server of your own: appendfsync always) nothing acknowledged is lost"
     )

@@ -15,6 +15,8 @@ Stage = Literal[
     "requested", "pushed", "matched", "packed", "claimed", "trained", "evaluated", "dropped", "rejected"
 ]
 IN_FLIGHT: Final = ("requested", "pushed", "matched", "packed", "claimed")
+UNDONE: Final = "undone:"
+"""Before the kind of an archived event that a broker lost when it crashed."""
 # from which stages a transition may be reached; anything else is a fault of ours, and the audit says so
 ALLOWED: Final[dict[Stage, tuple[Stage | None, ...]]] = {
     "requested": (None,),
@@ -70,7 +72,11 @@ class StepHistory:
 
 @dataclass
 class Ledger:
-    """The state that the log gives. ``faults`` are transitions that must never happen."""
+    """The state that the log gives. ``faults`` are transitions that must never happen.
+
+    ``num_undone`` events were archived and then lost by a broker that crashed; they change nothing here.
+    ``undone_steps`` are the claims among them: a learner may have trained them.
+    """
 
     rollouts: dict[str, RolloutHistory] = field(default_factory=dict)
     steps: dict[int, StepHistory] = field(default_factory=dict)
@@ -80,12 +86,16 @@ class Ledger:
     reissued: int = 0
     last_event_id: str = "0-0"
     faults: list[str] = field(default_factory=list)
+    num_undone: int = 0
+    undone_steps: dict[int, StepHistory] = field(default_factory=dict)
 
     def apply(self, events: Iterable[LogEvent]) -> Ledger:
         """Fold ``events`` in and return self; events of unknown kind are faults, not errors."""
         for event in events:
             handler = HANDLERS.get(event.kind)
-            if handler is None:
+            if event.kind.startswith(UNDONE):
+                _undone(self, event)
+            elif handler is None:
                 self.faults.append(f"event {event.event_id}: unknown kind {event.kind!r}")
             else:
                 handler(self, event)
@@ -165,21 +175,33 @@ def _packed(ledger: Ledger, event: LogEvent) -> None:
 
 
 def _claimed(ledger: Ledger, event: LogEvent) -> None:
-    optimizer_step = event.number("optimizer_step")
-    packs = []
-    for rank, pack_id, version, ids in event.rows("packs"):
-        packs.append((int(rank), pack_id, int(version), tuple(ids.split())))
-        for record_id in ids.split():
-            ledger.move(record_id, "claimed", event).optimizer_step = optimizer_step
-    if optimizer_step in ledger.steps:
-        ledger.faults.append(f"event {event.event_id}: optimizer step {optimizer_step} was claimed twice")
-    ledger.steps[optimizer_step] = StepHistory(
-        optimizer_step=optimizer_step,
+    step = _step_of(event)
+    for _, _, _, segment_ids in step.packs:
+        for record_id in segment_ids:
+            ledger.move(record_id, "claimed", event).optimizer_step = step.optimizer_step
+    if step.optimizer_step in ledger.steps:
+        ledger.faults.append(
+            f"event {event.event_id}: optimizer step {step.optimizer_step} was claimed twice"
+        )
+    ledger.steps[step.optimizer_step] = step
+
+
+def _undone(ledger: Ledger, event: LogEvent) -> None:
+    ledger.num_undone += 1
+    if event.kind == UNDONE + "claimed":
+        step = _step_of(event)
+        ledger.undone_steps[step.optimizer_step] = step
+
+
+def _step_of(event: LogEvent) -> StepHistory:
+    rows = event.rows("packs")
+    return StepHistory(
+        optimizer_step=event.number("optimizer_step"),
         kind="B" if event.text("kind") == "B" else "A",
         reason=event.text("reason"),  # type: ignore[arg-type]
         policy_version=event.number("policy_version"),
         claimed_at_ms=event.at_ms,
-        packs=tuple(packs),
+        packs=tuple((int(rank), name, int(version), tuple(ids.split())) for rank, name, version, ids in rows),
         short_ranks=tuple(int(rank) for rank in event.ids("short")),
     )
 

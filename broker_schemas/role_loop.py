@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from broker_schemas.errors import BrokerError
+from broker_schemas.errors import BrokerError, BrokerRefused
 
 log = logging.getLogger(__name__)
 FIRST_PAUSE_S: Final = 0.1
@@ -19,12 +19,15 @@ def keep_stepping(
 ) -> None:
     """Call ``step`` until ``stop`` is set, ``pause_s`` apart (0: it blocks by itself).
 
-    A BrokerError is logged and waited out with backoff, 0.1 s doubling to 5 s; any other error ends the role.
+    A BrokerError is logged and waited out with backoff, 0.1 s doubling to 5 s; any other error ends the role,
+    and so does BrokerRefused: asking again would not help.
     """
     trouble_pause_s = FIRST_PAUSE_S
     while not stop.is_set():
         try:
             step()
+        except BrokerRefused:
+            raise
         except BrokerError as exc:
             log.warning("%s: %s; trying again", role, exc)
             stop.wait(trouble_pause_s)

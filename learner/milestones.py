@@ -15,7 +15,7 @@ from learner.checkpoints import TrainerState
 from learner.distributed import Ranks
 from learner.early_stopping import note_evaluation, stop_reason
 from learner.metrics import LearnerMetrics
-from learner.ports import Evaluate
+from learner.ports import Evaluate, SyncServers
 from learner.settings import LearnerSettings
 from learner.step_report import LogRow
 from learner.step_rows import RowSources
@@ -30,7 +30,8 @@ class LearnerParts:
     """What the wiring hands to the loop of one rank.
 
     ``log``, ``evaluation_log`` and ``evaluate`` are used on rank 0 alone and may be None elsewhere.
-    ``on_step`` is called on rank 0 with each row of the training log, for a progress display.
+    ``sync_servers`` is called on rank 0 with a policy version and its folder before that version is
+    published. ``on_step`` is called on rank 0 with each row of the training log, for a progress display.
     """
 
     model: Any
@@ -41,6 +42,7 @@ class LearnerParts:
     log: TrainingLog | None = None
     evaluation_log: TrainingLog | None = None
     evaluate: Evaluate | None = None
+    sync_servers: SyncServers | None = None
     on_step: Callable[[LogRow], None] = lambda row: None
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
@@ -99,10 +101,12 @@ class Milestones:
                 companions=settings.companions,
                 num_kept=settings.num_policies_kept,
             )
+            if self._parts.sync_servers is not None:
+                self._parts.sync_servers(policy_version, str(path))
             self._broker.publish_policy(
                 policy_version=policy_version, optimizer_step=state.optimizer_step, weights_path=str(path)
             )
-        self._ranks.barrier(what=f"end of the {what}")
+        self._ranks.barrier(what=f"end of the {what}", timeout_s=settings.publication_timeout_s)
         self._parts.metrics.on_policy_published(policy_version)
 
     def evaluate_if_due(self, state: TrainerState) -> tuple[TrainerState, str | None]:

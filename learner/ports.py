@@ -12,6 +12,9 @@ from learner.collation import SegmentPixels
 Evaluate = Callable[[Any, int], dict[str, float]]
 """(model, optimizer steps done) -> metrics, keys of ROLLOUT_MATCHING section 10; called on rank 0."""
 
+SyncServers = Callable[[int, str], None]
+"""(policy version, folder of its weights): returns when the rollout servers hold them; raises RunStopped."""
+
 
 class LearnerBroker(Protocol):
     """The learner's door to the queue. Every rank has one; all of them call only ``fetch_segments``."""

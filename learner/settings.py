@@ -28,7 +28,7 @@ class LearnerSettings:
     ``gradient_accumulation_steps``: rows that an A step is cut into on each rank; B steps bring their own
     packs. ``row_capacity_tokens``: the packing length. ``save_every_steps``, ``eval_every_steps``:
     optimizer steps, 0 only at the end and never. ``evaluation_timeout_s``: how long the other ranks wait
-    for rank 0's evaluation.
+    for rank 0's evaluation; ``publication_timeout_s`` for its publication, None ``stall_timeout_s``.
     """
 
     run_dir: Path
@@ -48,6 +48,7 @@ class LearnerSettings:
     is_policy_published: bool = True
     stall_timeout_s: float = 300.0
     evaluation_timeout_s: float = 3600.0
+    publication_timeout_s: float | None = None
     early_stop: EarlyStopSettings = EarlyStopSettings()
 
     @property

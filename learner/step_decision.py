@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final, Literal
 
-from broker_schemas.errors import DeadlinePassed
+from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
 from broker_schemas.packs import StepClaim
 from learner.distributed import Ranks
+from learner.patient_broker import broker_away
 from learner.ports import LearnerBroker
 from learner.schedule import is_rollout_step
 from learner.stop_request import StopRequest
@@ -35,7 +36,8 @@ def decide_step(
 ) -> StepClaim | None:
     """Return the claim of the step on every rank, or None when rank 0 was asked to stop before one was made.
 
-    Raises DeadlinePassed when the queue gives no answer within ``stall_timeout_s``.
+    A broker that is away is asked again. Raises DeadlinePassed when the queue gives no answer within
+    ``stall_timeout_s``.
     """
     body = None
     if ranks.is_first:
@@ -59,12 +61,18 @@ def _claim(
     kind = scheduled_kind(optimizer_step, b_ratio)
     deadline = clock() + limit_s
     while not stop.is_set:
-        claim = broker.claim_step(
-            optimizer_step=optimizer_step, scheduled_kind=kind, policy_version=policy_version
-        )
-        if claim is not None:
-            return claim
+        away = None
+        try:
+            claim = broker.claim_step(
+                optimizer_step=optimizer_step, scheduled_kind=kind, policy_version=policy_version
+            )
+            if claim is not None:
+                return claim
+        except (BrokerUnavailable, BrokerFull) as exc:
+            away = exc
         if clock() >= deadline:
+            if away is not None:
+                raise broker_away(away, limit_s) from away
             raise DeadlinePassed(
                 f"optimizer step {optimizer_step}: its rollouts did not come within {limit_s:g} s "
                 "(0.9 of stage2_async.stall_timeout_s); are producers, matchers and the packer running?"

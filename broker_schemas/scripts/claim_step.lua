@@ -9,12 +9,17 @@
 -- ARGV[6]  oldest policy version that may be trained on: older packs are dropped on all ranks first
 -- ARGV[7]  current policy version
 -- ARGV[8]  mode: fallback (short queue: A), wait (short queue: ask again), sealed (the packs of this step, when complete)
--- Reply: the fields of the claim; {} for not yet; {"settled"} for a step a checkpoint has covered already.
+-- ARGV[9]  the last step that the asker was given, or -1: its claim must still be known
+-- Reply: the fields of the claim; {} for not yet; {"settled"} for a step a checkpoint has covered already;
+--        {"lost"} where the broker has forgotten the claim of ARGV[9]: what it acknowledged is gone.
 local step, world, wanted = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local oldest, mode = tonumber(ARGV[6]), ARGV[8]
 local known = redis.call('HGETALL', KEYS[4])
 if #known > 0 then return known end
-if step < tonumber(redis.call('HGET', COUNTERS, 'settled_steps') or '0') then return {'settled'} end
+local settled_steps = tonumber(redis.call('HGET', COUNTERS, 'settled_steps') or '0')
+if step < settled_steps then return {'settled'} end
+local given = tonumber(ARGV[9] or '-1')
+if given >= settled_steps and redis.call('EXISTS', PREFIX .. 'claim:' .. given) == 0 then return {'lost'} end
 
 local function ready_key(rank) return PREFIX .. 'ready:' .. rank end
 

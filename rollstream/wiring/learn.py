@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import torch
 
+from broker_schemas.broker import Broker
+from broker_schemas.connection import open_redis
+from broker_schemas.keys import RunKeys
 from broker_schemas.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.sample_format.images import ImageProcessor
 from broker_schemas.sample_format.model_folder import load_policy
@@ -24,6 +29,7 @@ from learner.losses import LossSettings
 from learner.metrics import LearnerMetrics
 from learner.optimization import OptimizationSettings
 from learner.packed_forward import position_rule_of
+from learner.patient_broker import PatientBroker
 from learner.pixel_source import ProcessorPixelSource
 from learner.ports import Evaluate, LearnerBroker
 from learner.settings import EarlyStopSettings, LearnerSettings
@@ -33,6 +39,10 @@ from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome, LearnerParts, run_learner
 from learner.training_log import TrainingLog
 from rollstream.wiring import access
+from rollstream.wiring.vllm import server_sync
+
+# of the deadline: two tries (connecting, answering) fit between the end of a rank's patience and the deadline
+TRY_SHARE: Final = 0.05
 
 
 def loss_settings(config: RunConfig, prompts: PromptBuilder) -> LossSettings:
@@ -85,8 +95,16 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         eval_every_steps=training.eval_every_steps if config.data.val_jsonl else 0,
         is_policy_published=config.b_ratio > 0,
         stall_timeout_s=config.stage2_async.stall_timeout_s,
+        publication_timeout_s=publication_timeout_s(config),
         early_stop=EarlyStopSettings(target_f1=stop.target, patience=stop.patience),
     )
+
+
+def publication_timeout_s(config: RunConfig) -> float | None:
+    """Return how long other ranks wait for a publication; a sync with servers has its own deadline."""
+    if config.rollout_matching.rollout_backend != "vllm":
+        return None
+    return config.stage2_async.stall_timeout_s + 2 * config.rollout_matching.vllm.server.timeout_s
 
 
 def exact_ratio(config: RunConfig) -> str:
@@ -162,7 +180,13 @@ def run_learner_rank(
     fix_arithmetic(config.training.num_threads, is_cpu=device.type == "cpu")
     stop = StopRequest()
     stop.follow_signals()
-    broker = learner_broker(config)
+    broker = PatientBroker(
+        learner_broker(config),
+        stall_timeout_s=config.stage2_async.stall_timeout_s,
+        clock=time.monotonic,
+        pause=time.sleep,
+        is_stopping=lambda: stop.is_set,
+    )
     ranks = connect(
         rank=rank,
         world_size=config.learner_world_size,
@@ -187,7 +211,21 @@ def learner_broker(config: RunConfig) -> LearnerBroker:
     """Return the door to the queue; a run of A steps alone, without a broker, needs none."""
     if config.b_ratio == 0 and config.broker.url is None:
         return GroundTruthOnlyBroker()
-    return LearnerDoor(access.open_broker(config), claim_settings(config))
+    images = access.image_processor(config, access.model_dir(config), config.data.train_jsonl)
+    settings = replace(claim_settings(config), processor_fingerprint=images.fingerprint)
+    return LearnerDoor(impatient_broker(config), settings)
+
+
+def impatient_broker(config: RunConfig) -> Broker:
+    """Return a connection whose every try is short: who waits for the broker counts against one deadline.
+
+    At the start it is waited for as usual; raises BrokerError.
+    """
+    address, run = access.broker_address(config), config.run.name
+    try_s = max(0.5, TRY_SHARE * config.stage2_async.stall_timeout_s)
+    Broker.connect(run, address, socket_timeout_s=try_s).close()
+    quick = replace(address, retries=0)
+    return Broker(open_redis(quick, socket_timeout_s=try_s), RunKeys(run), quick)
 
 
 def build_parts(
@@ -224,6 +262,7 @@ def build_parts(
         log=TrainingLog(settings.train_log, tensorboard_dir=settings.tensorboard_dir) if first else None,
         evaluation_log=TrainingLog(settings.evaluation_log) if first else None,
         evaluate=evaluate if first else None,
+        sync_servers=server_sync(config) if first else None,
         on_step=on_step or (lambda row: None),
     )
     return parts, settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from broker_schemas.matcher_door import MatcherDoor
@@ -35,6 +36,7 @@ def matcher_tools(config: RunConfig, folder: Path) -> MatcherTools:
             ot_iters=method.ot_iters,
         ),
         image_token_ids=frozenset({prompts.image_token_id}),
+        merge_size=prompts.merge_size,
     )
 
 
@@ -48,7 +50,8 @@ def run_matcher(config: RunConfig, index: int) -> None:
         path = access.run_folder(config).path / f"parse_failures-{index}.jsonl"
         dump = FailureDump(path, method.debug_dump_max)
     matcher = Matcher(
-        MatcherDoor(broker, f"matcher-{index}"),
+        # replicas of a scaled service share the index; the name must stay over a restart, for what it held
+        MatcherDoor(broker, f"matcher-{index}-{socket.gethostname()}"),
         matcher_tools(config, access.model_dir(config)),
         MatcherMetrics(access.start_metrics(config, "match", index)),
         MatcherSettings(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+from broker_schemas.broker import Broker
 from broker_schemas.client import SegmentSink, SinkSettings
-from broker_schemas.errors import ConfigError
 from configs import RunConfig
 from producers.jobs import RolloutWorker
 from producers.metrics import ProducerMetrics
@@ -28,13 +28,12 @@ def decoding_settings(config: RunConfig) -> DecodingSettings:
     )
 
 
-def rollout_backend(config: RunConfig) -> RolloutBackend:
+def rollout_backend(config: RunConfig, broker: Broker) -> RolloutBackend:
     """Return the backend that the configuration names; raises ConfigError, DataError."""
-    if config.rollout_matching.rollout_backend != "hf":
-        raise ConfigError(
-            "custom.extra.rollout_matching.rollout_backend: got vllm, which this version does not run yet; "
-            "use hf"
-        )
+    if config.rollout_matching.rollout_backend == "vllm":
+        from rollstream.wiring.vllm import vllm_backend
+
+        return vllm_backend(config, broker, decoding_settings(config))
     import torch
 
     from producers.hf_backend import HfBackend, HfBackendSettings
@@ -64,7 +63,7 @@ def run_producer(config: RunConfig, index: int) -> None:
     producer = Producer(
         broker=broker,
         sink=SegmentSink(broker, sink_settings(config)),
-        backend=rollout_backend(config),
+        backend=rollout_backend(config, broker),
         datasets={"train": access.read_samples(config, config.data.train_jsonl)},
         metrics=ProducerMetrics(access.start_metrics(config, "produce", index)),
         settings=ProducerSettings(

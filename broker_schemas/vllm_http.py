@@ -1,0 +1,239 @@
+"""The thin HTTP door to one vLLM server: requests with deadlines, errors as ours, the endpoints we use.
+
+It knows no prompts and no policies; producers generate through it, the learner loads weights through it.
+httpx is imported on first use only.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from broker_schemas.errors import ServerFailed, ServerRefused, ServerUnavailable
+
+if TYPE_CHECKING:
+    import httpx
+
+PauseMode = Literal["wait", "keep"]
+CONNECT_TIMEOUT_S: Final = 5.0
+LOOK_TIMEOUT_S: Final = 10.0
+METHOD_NOT_ALLOWED: Final = 405
+MAX_REPLY_BYTES: Final = 256 * 1024 * 1024
+GENERATE_PATH: Final = "/inference/v1/generate"
+CHAT_PATH: Final = "/v1/chat/completions"
+LOADER: Final = "load_published_weights"
+LOADER_CLASS: Final = "rollstream_vllm_worker.PublishedWeights"
+# the server is there but asks to come again
+_TRY_AGAIN: Final = frozenset({408, 425, 429})
+
+
+@contextmanager
+def server_errors(where: str) -> Iterator[None]:
+    """Turn what httpx raises into ours; ``where`` names server and endpoint."""
+    import httpx
+
+    try:
+        yield
+    except httpx.TimeoutException as exc:
+        raise ServerUnavailable(
+            f"{where}: no answer in time ({type(exc).__name__}); is the server overloaded?"
+        ) from exc
+    except (httpx.NetworkError, httpx.ProxyError, httpx.RemoteProtocolError) as exc:
+        raise ServerUnavailable(
+            f"{where}: no connection ({type(exc).__name__}: {exc}); is it running?"
+        ) from exc
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as exc:
+        raise ServerFailed(f"{where}: {type(exc).__name__}: {exc}; expected an HTTP reply") from exc
+
+
+class VllmServer:
+    """One server at ``base_url``. Safe to share between threads, except for ``reconnect`` and ``close``.
+
+    ``timeout_s`` bounds control requests as a whole, from connecting to the last byte.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        timeout_s: float,
+        max_connections: int = 64,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.timeout_s = timeout_s
+        self._max_connections = max_connections
+        self._transport = transport
+        self._client: httpx.Client | None = None
+        self._opening = threading.Lock()
+
+    def reconnect(self) -> None:
+        """Drop all connections; the next request opens a new one."""
+        client, self._client = self._client, None
+        if client is not None and self._transport is None:
+            client.close()
+
+    def close(self) -> None:
+        """Drop all connections."""
+        self.reconnect()
+
+    def get(self, path: str, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Return the JSON object at ``path``, empty for an empty reply; raises RolloutServerError."""
+        return self._request("GET", path, None, timeout_s)
+
+    def post(
+        self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> dict[str, Any]:
+        """Return the JSON object that ``path`` answers to ``body``; raises RolloutServerError."""
+        return self._request("POST", path, body, timeout_s)
+
+    def is_healthy(self) -> bool:
+        """Return whether the server answers and its engine lives."""
+        try:
+            self.get("/health", timeout_s=LOOK_TIMEOUT_S)
+        except (ServerUnavailable, ServerFailed):
+            return False
+        return True
+
+    def world_size(self) -> int:
+        """Return the number of GPUs (or CPU workers) of the server."""
+        return self._number(self.get("/get_world_size", timeout_s=LOOK_TIMEOUT_S), "world_size")
+
+    def model(self) -> tuple[str, int]:
+        """Return (name of the served model, most tokens of prompt and response together)."""
+        models = self.get("/v1/models", timeout_s=LOOK_TIMEOUT_S).get("data")
+        if not isinstance(models, list) or not models or not isinstance(models[0], dict):
+            raise ServerFailed(f"{self.base_url}/v1/models: no model in the reply, expected at least one")
+        return str(models[0].get("id")), self._number(models[0], "max_model_len")
+
+    def takes_token_ids(self) -> bool:
+        """Return whether the endpoint that takes token ids is switched on (``--enable-scale-out``)."""
+        try:
+            self.get(GENERATE_PATH, timeout_s=LOOK_TIMEOUT_S)
+        except ServerRefused as exc:
+            # where it is on, it answers a GET with "method not allowed"
+            return exc.status == METHOD_NOT_ALLOWED
+        return True
+
+    def label(self) -> str:
+        """Return the text that the server keeps with its weights."""
+        return str(self.get("/weight_info", timeout_s=LOOK_TIMEOUT_S).get("weight_version"))
+
+    def is_paused(self) -> bool:
+        """Return whether generation is paused."""
+        return bool(self.get("/is_paused", timeout_s=LOOK_TIMEOUT_S).get("is_paused"))
+
+    def set_label(self, text: str) -> None:
+        """Set the label and read it back; raises ServerFailed when the server says another."""
+        self.post("/update_weight_version", {"new_version": text})
+        if (seen := self.label()) != text:
+            raise ServerFailed(f"{self.base_url}: weight label is {seen!r} after it was set to {text!r}")
+
+    def pause(self, mode: PauseMode) -> None:
+        """Stop generating: ``wait`` ends what is in flight first, ``keep`` freezes it.
+
+        The server's own default would abort requests, so the mode is always said.
+        """
+        self.post(f"/pause?mode={mode}")
+
+    def resume(self) -> None:
+        """Generate again."""
+        self.post("/resume")
+
+    def load_weights(self, weights_path: str) -> None:
+        """Load a Hugging Face folder by its path on the server's machine.
+
+        Raises ServerRefused, and leaves the server as it was, where it does not see the folder, or where it
+        runs on CPU without our worker extension: its output layer would keep the old weights.
+        """
+        method = LOADER if self._has_loader() else "reload_weights"
+        reply = self.post("/collective_rpc", {"method": method, "kwargs": {"weights_path": weights_path}})
+        problems = [str(result) for result in reply.get("results") or [] if result is not None]
+        if problems:
+            raise ServerRefused(f"{self.base_url}: {problems[0]}")
+
+    def _has_loader(self) -> bool:
+        info = self.get("/server_info?config_format=json", timeout_s=LOOK_TIMEOUT_S).get("vllm_config")
+        config = info if isinstance(info, dict) else {}
+        if (config.get("parallel_config") or {}).get("worker_extension_cls") == LOADER_CLASS:
+            return True
+        if (config.get("device_config") or {}).get("device") == "cpu":
+            raise ServerRefused(
+                f"{self.base_url}: a CPU server without {LOADER_CLASS} keeps the old weights in its output "
+                "layer; start it with 'rollstream serve vllm'"
+            )
+        return False
+
+    def forget_old_weights(self) -> None:
+        """Clear what was computed with the old weights: keys and values of frozen requests, image features.
+
+        Frozen requests are computed again from their tokens when generation goes on.
+        """
+        path = "/reset_prefix_cache?reset_running_requests=true"
+        if self.post(path).get("success") is not True:
+            raise ServerFailed(f"{self.base_url}: keys and values of the old weights could not be cleared")
+        self.post("/reset_encoder_cache")
+
+    def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None
+    ) -> dict[str, Any]:
+        import httpx
+
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        where = f"{method} {self.base_url}{path.partition('?')[0]}"
+        give_up_at = time.monotonic() + limit_s
+        timeout = httpx.Timeout(limit_s, connect=min(CONNECT_TIMEOUT_S, limit_s))
+        with server_errors(where), self._open().stream(method, path, json=body, timeout=timeout) as reply:
+            raw = bytearray()
+            for piece in reply.iter_bytes():
+                raw += piece
+                if time.monotonic() > give_up_at:
+                    raise ServerUnavailable(f"{where}: reply not complete after {limit_s:g} s")
+                if len(raw) > MAX_REPLY_BYTES:
+                    raise ServerFailed(f"{where}: reply over {MAX_REPLY_BYTES} bytes, expected less")
+            status = reply.status_code
+        return _read_reply(where, status, bytes(raw))
+
+    def _open(self) -> httpx.Client:
+        import httpx
+
+        with self._opening:
+            if self._client is None:
+                most = self._max_connections
+                self._client = httpx.Client(
+                    base_url=self.base_url,
+                    transport=self._transport,
+                    limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
+                    # a proxy of the environment knows nothing of servers beside us
+                    trust_env=False,
+                )
+            return self._client
+
+    def _number(self, body: Mapping[str, Any], name: str) -> int:
+        value = body.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ServerFailed(f"{self.base_url}: {name} is {value!r}, expected a positive number")
+        return value
+
+
+def _read_reply(where: str, status: int, raw: bytes) -> dict[str, Any]:
+    text = raw[:500].decode("utf-8", "replace")
+    if status in _TRY_AGAIN or status >= 500:
+        raise ServerFailed(f"{where}: status {status} ({text}); look at the server's log")
+    if status >= 300:
+        raise ServerRefused(
+            f"{where}: status {status} ({text}); was it started by 'rollstream serve vllm'?", status=status
+        )
+    if not raw.strip():
+        return {}
+    try:
+        body = json.loads(raw)
+    except ValueError as exc:
+        raise ServerFailed(f"{where}: reply is no JSON ({text!r:.200})") from exc
+    if not isinstance(body, dict):
+        raise ServerFailed(f"{where}: reply is a {type(body).__name__}, expected a JSON object")
+    return body

@@ -1,0 +1,92 @@
+"""The learner's port over a broker that goes away for a while: every call is tried again until a deadline.
+
+Every call of the port may be repeated, so trying again is safe. It must not know how a broker is reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal, TypeVar
+
+from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
+from broker_schemas.packs import StepClaim
+from broker_schemas.records import MatchedSegment
+from learner.ports import LearnerBroker
+
+AWAY_SHARE: Final = 0.8
+"""Part of the deadline after which a rank gives up, so that the others hear its reason before their own."""
+ASK_AGAIN_S: Final = 0.2
+# torchrun kills a rank 30 s after it asked it to end
+STOPPING_LIMIT_S: Final = 10.0
+Answer = TypeVar("Answer")
+
+
+class PatientBroker:
+    """Waits for a broker that is away or full; ``claim_step`` is not waited for: its caller has a deadline.
+
+    ``stall_timeout_s`` counts from the first call that failed since one worked. ``clock`` is monotonic.
+    All methods raise DeadlinePassed naming the broker, and what the port raises.
+    """
+
+    def __init__(
+        self,
+        broker: LearnerBroker,
+        *,
+        stall_timeout_s: float,
+        clock: Callable[[], float],
+        pause: Callable[[float], None],
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._broker = broker
+        self._limit_s = AWAY_SHARE * stall_timeout_s
+        self._clock = clock
+        self._pause = pause
+        self._is_stopping = is_stopping
+
+    def claim_step(
+        self, *, optimizer_step: int, scheduled_kind: Literal["A", "B"], policy_version: int
+    ) -> StepClaim | None:
+        """Ask once; raises BrokerError."""
+        return self._broker.claim_step(
+            optimizer_step=optimizer_step, scheduled_kind=scheduled_kind, policy_version=policy_version
+        )
+
+    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
+        return self._ask(lambda: self._broker.fetch_segments(segment_ids))
+
+    def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
+        self._ask(lambda: self._broker.commit_step(optimizer_step=optimizer_step, summary=summary))
+
+    def settle_checkpoint(self, *, optimizer_step: int) -> None:
+        self._ask(lambda: self._broker.settle_checkpoint(optimizer_step=optimizer_step))
+
+    def publish_policy(self, *, policy_version: int, optimizer_step: int, weights_path: str) -> None:
+        self._ask(
+            lambda: self._broker.publish_policy(
+                policy_version=policy_version, optimizer_step=optimizer_step, weights_path=weights_path
+            )
+        )
+
+    def close(self) -> None:
+        self._broker.close()
+
+    def _ask(self, call: Callable[[], Answer]) -> Answer:
+        away_since = None
+        while True:
+            try:
+                return call()
+            except (BrokerUnavailable, BrokerFull) as exc:
+                now = self._clock()
+                away_since = now if away_since is None else away_since
+                limit_s = min(self._limit_s, STOPPING_LIMIT_S) if self._is_stopping() else self._limit_s
+                if now - away_since >= limit_s:
+                    raise broker_away(exc, limit_s) from exc
+            self._pause(ASK_AGAIN_S)
+
+
+def broker_away(error: Exception, limit_s: float) -> DeadlinePassed:
+    """Return what a rank says that has waited ``limit_s`` for the broker; ``error`` is the last answer."""
+    return DeadlinePassed(
+        f"broker: it did not come back within {limit_s:g} s (a part of stage2_async.stall_timeout_s); "
+        f"the last try: {error}; bring it back, then start again: the run goes on from its last checkpoint"
+    )

@@ -1,0 +1,42 @@
+"""Loaded by vLLM into its workers (``--worker-extension-cls``): loading published weights, safely.
+
+Stands alone: it runs in vLLM's environment, where no package of ours is installed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+
+class PublishedWeights:
+    """Adds one method to a vLLM worker, for ``/collective_rpc``."""
+
+    def load_published_weights(self: Any, weights_path: str) -> str | None:
+        """Load a Hugging Face folder in place; return None, or why it was not tried.
+
+        An exception here would end the whole server, so what can be seen beforehand is answered instead.
+        """
+        if not any(Path(weights_path).glob("*.safetensors")):
+            return f"no *.safetensors in {weights_path} as this server sees it"
+        self.reload_weights(weights_path=weights_path)
+        _pack_shared_again(self.model_runner.get_model())
+        return None
+
+
+def _pack_shared_again(model: Any) -> None:
+    """Pack weights again that two layers share, such as embeddings that are the output layer too.
+
+    On CPU each layer computes with a packed copy, and vLLM packs again only the layer that the checkpoint
+    names: the other one would go on with the old weights.
+    """
+    owners: dict[int, list[Any]] = defaultdict(list)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and getattr(weight, "ndim", 0) == 2 and weight.numel() > 0:
+            owners[weight.data_ptr()].append(module)
+    for modules in owners.values():
+        for module in modules if len(modules) > 1 else []:
+            if hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)
