@@ -15,7 +15,16 @@ from rich.console import Console
 
 from broker_schemas.errors import BrokerError, ConfigError, DataError, RollstreamError, RunStopped
 from configs import RunConfig, load_config
-from rollstream import cli_bench, cli_config, cli_data, cli_queue, cli_runs
+from rollstream import (
+    cli_bench,
+    cli_config,
+    cli_data,
+    cli_operate,
+    cli_queue,
+    cli_runs,
+    cli_sweep,
+    cli_vllm,
+)
 
 app = typer.Typer(
     name="rollstream",
@@ -30,6 +39,9 @@ app.add_typer(cli_data.model_app, name="model", help="Make tiny models.")
 app.add_typer(cli_bench.app, name="bench", help="Measure the budgets.")
 cli_runs.register(app)
 cli_queue.register(app)
+cli_operate.register(app)
+cli_sweep.register(app)
+cli_vllm.register(app)
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
 Overrides = Annotated[

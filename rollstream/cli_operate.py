@@ -1,4 +1,4 @@
-"""`rollstream prepare`, `export`, `dashboards`, `doctor`: what stands around a run, and whether it is well."""
+"""`rollstream prepare`, `export`, `dashboards`, `doctor`: what stands around a run, and is it well."""
 
 from __future__ import annotations
 

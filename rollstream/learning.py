@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -43,7 +44,8 @@ def prepare_run(config: RunConfig) -> None:
 
 def _spawn(config: RunConfig, path: Path, overrides: Sequence[str]) -> int:
     command = [
-        *(sys.executable, "-m", "rollstream.learner_launcher", "--nproc_per_node", str(config.learner_world_size)),
+        *(sys.executable, "-m", "rollstream.learner_launcher"),
+        *("--nproc_per_node", str(config.learner_world_size)),
         *("--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"),
         *("-m", "rollstream.cli", "learn", str(path)),
         *(part for override in overrides for part in ("--set", override)),
@@ -51,6 +53,8 @@ def _spawn(config: RunConfig, path: Path, overrides: Sequence[str]) -> int:
     threads = str(max(1, config.training.num_threads))
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(command, env=environment)
+    # a container's stop reaches this process alone: the ranks then finish their step and write a checkpoint
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
     except KeyboardInterrupt:

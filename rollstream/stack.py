@@ -27,6 +27,7 @@ from rollstream.report.writing import write_atomically
 from rollstream.restart_policy import RestartSettings
 from rollstream.role_process import BrokerProcess, RoleProcess
 from rollstream.run_folder import RunFolder
+from rollstream.scrape_targets import remove_targets, write_targets
 from rollstream.stack_lock import StackLock
 from rollstream.stack_plan import (
     BROKER,
@@ -97,8 +98,10 @@ def run_stack(
         launch = LaunchSettings(
             config_path=config_path, overrides=overrides, learner_world_size=config.learner_world_size
         )
+        write_targets(config)
         return _LocalStack(config, folder, launch, role_command, options, restarts).run()
     finally:
+        remove_targets(config)
         lock.release()
 
 

@@ -15,12 +15,14 @@ from rollstream.ports_in_use import LOOPBACK, free_loopback_port
 BROKER: Final = "broker"
 LEARNER: Final = "learner"
 ARCHIVE: Final = "archive"
+EXPORTER: Final = "exporter"
 COMMAND_OF_ROLE: Final = {
     "dispatcher": "dispatch",
     "producer": "produce",
     "matcher": "match",
     "packer": "pack",
     ARCHIVE: "archive",
+    EXPORTER: "export",
     LEARNER: "learn",
 }
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -55,6 +57,8 @@ def planned_roles(config: RunConfig) -> list[RoleName]:
     A run without rollout steps needs no rollouts, hence only the learner and what keeps its log.
     """
     names = [RoleName(role=ARCHIVE)] if config.archive.enabled else []
+    if config.metrics.base_port:
+        names.append(RoleName(role=EXPORTER))
     if config.b_ratio > 0:
         names += [RoleName(role="packer"), RoleName(role="dispatcher")]
         names += [RoleName(role="matcher", index=index) for index in range(config.matchers.num_workers)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,9 @@ class LiveState:
     places: Counter[tuple[str, str]]
 
 
-def read_live_state(broker: Broker) -> LiveState:
-    """Return everything that the scripts keep."""
-    keys, prefix = broker.keys, broker.keys.prefix
-    names = sorted(key.decode().removeprefix(prefix) for key in broker.client.scan_iter(prefix + "*", 1000))
-    payloads = [name for name in names if name.startswith("payload:")]
-    claims = [int(name.partition(":")[2]) for name in names if name.startswith("claim:")]
-    requests = [name for name in names if name.startswith("request:")]
+def _ask(broker: Broker, claims: list[int], requests: list[str], payloads: list[str]) -> Iterator[Any]:
+    """Yield the replies, all of one moment, in the order in which `read_live_state` takes them."""
+    keys = broker.keys
     pipe = broker.client.pipeline(transaction=True)
     for stream, group in (("segments", MATCHER_GROUP), ("matched", PACKER_GROUP)):
         pipe.xrange(keys.named(stream))
@@ -58,7 +55,29 @@ def read_live_state(broker: Broker) -> LiveState:
         pipe.hget(keys.named(name), "remaining")
     for name in payloads:
         pipe.strlen(keys.named(name))
-    replies = iter(pipe.execute())
+    yield from pipe.execute()
+
+
+def _places(segments: Any, matched: Any, ready: Any, claims: Any) -> Counter[tuple[str, str]]:
+    """Return where each rollout lies, and how often."""
+    places = Counter[tuple[str, str]]()
+    places.update((name, "segments") for name in segments)
+    places.update((name, "matched") for name in matched)
+    for rank, packs in enumerate(ready):
+        places.update((name, f"ready:{rank}") for ids in packs for name in ids)
+    for step, (_, ids, _) in claims.items():
+        places.update((name, f"claim:{step}") for name in ids)
+    return places
+
+
+def read_live_state(broker: Broker) -> LiveState:
+    """Return everything that the scripts keep."""
+    prefix = broker.keys.prefix
+    names = sorted(key.decode().removeprefix(prefix) for key in broker.client.scan_iter(prefix + "*", 1000))
+    payloads = [name for name in names if name.startswith("payload:")]
+    claims = [int(name.partition(":")[2]) for name in names if name.startswith("claim:")]
+    requests = [name for name in names if name.startswith("request:")]
+    replies = _ask(broker, claims, requests, payloads)
     segment_rows, segment_held, matched_rows, matched_held = (next(replies) for _ in range(4))
     admitted = next(replies)
     counters, sealed = _numbers(next(replies)), _numbers(next(replies))
@@ -75,13 +94,7 @@ def read_live_state(broker: Broker) -> LiveState:
     assert admitted <= {entry for entry, _ in segment_rows}, "an admitted entry is not in the stream"
     segments = _stream(segment_rows, segment_held, admitted)
     matched = _stream(matched_rows, matched_held, {entry for entry, _ in matched_rows})
-    places = Counter[tuple[str, str]]()
-    places.update((name, "segments") for name in segments)
-    places.update((name, "matched") for name in matched)
-    for rank, packs in enumerate(ready):
-        places.update((name, f"ready:{rank}") for ids in packs for name in ids)
-    for step, (_, ids, _) in claim_fields.items():
-        places.update((name, f"claim:{step}") for name in ids)
+    places = _places(segments, matched, ready, claim_fields)
     return LiveState(
         segments=segments,
         matched=matched,

@@ -24,11 +24,18 @@ MAY_IMPORT: Final = {
 EDGES: Final = {
     "broker_schemas": {
         *("broker", "client", "connection", "events", "learner_door", "matcher_door", "packer_door"),
-        *("payloads", "policy", "rollout_requests", "script_library", "server_lock", "status", "vllm_http"),
+        *("payloads", "policy", "role_loop", "rollout_requests", "script_library", "server_lock", "status"),
+        "vllm_http",
     },
-    "producers": {"dispatcher", "hf_backend", "jobs", "metrics", "producer"},
+    "producers": {
+        *("dispatcher", "hf_backend", "jobs", "metrics", "producer"),
+        *("vllm_backend", "vllm_client", "vllm_servers"),
+    },
     "consumers": {"matcher", "metrics", "step_packer", "streaming_packer"},
-    "learner": {"checkpoints", "distributed", "metrics", "milestones", "stop_request", "training_log"},
+    "learner": {
+        *("checkpoints", "distributed", "metrics", "milestones", "patient_broker", "server_sync"),
+        *("stop_request", "training_log"),
+    },
 }
 NOT_IN_A_CORE: Final = (
     *("redis", "rq", "torch.distributed", "prometheus_client", "configs", "logging", "time", "socket"),

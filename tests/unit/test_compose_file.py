@@ -1,0 +1,208 @@
+"""The compose file: every command, variable, port and file that it names is there, and it is careful."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from click import Context
+from typer.main import get_command
+
+from configs import load_config
+from rollstream.cli import app
+from rollstream.preparing import SHIPPED_MODEL, prepare_inputs
+from rollstream.vllm_plan import ServeOptions, plan_servers
+from rollstream.wiring.access import PORT_OFFSETS
+from tests.source_tree import ROOT
+
+COMPOSE: Final = ROOT / "docker-compose.yml"
+TEXT: Final = COMPOSE.read_text(encoding="utf-8")
+CONTENT: Final[dict[str, Any]] = yaml.safe_load(TEXT)
+SERVICES: Final[dict[str, dict[str, Any]]] = CONTENT["services"]
+ROLES: Final = {
+    "dispatcher": "dispatch",
+    "producer": "produce",
+    "matcher": "match",
+    "packer": "pack",
+    "learner": "learn",
+    "archive": "archive",
+    "exporter": "export",
+}
+CONFIG: Final = "configs/compose.yaml"
+
+
+def with_defaults(text: str) -> str:
+    """Fill in the default of every variable, as compose does with an empty environment."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+
+
+@pytest.mark.req("O-1")
+def test_every_service_of_the_stack_is_there() -> None:
+    wanted = {"redis", "init", *ROLES, "prometheus", "grafana"}
+    assert set(SERVICES) == {*wanted, "vllm"}
+    assert SERVICES["vllm"]["profiles"] == ["vllm"]
+    assert not any("profiles" in SERVICES[name] for name in wanted)
+
+
+@pytest.mark.req("O-1")
+@pytest.mark.parametrize("name", ["init", *ROLES])
+def test_a_role_runs_a_command_that_exists_on_a_configuration_that_loads(name: str) -> None:
+    command, path = SERVICES[name]["command"]
+    assert command == {**ROLES, "init": "prepare"}[name]
+    # the program takes it, arguments and all
+    program = get_command(app)
+    found = program.get_command(Context(program), command)  # type: ignore[attr-defined]
+    assert found is not None
+    found.make_context(command, [with_defaults(path)])
+    assert load_config(ROOT / with_defaults(path)).run.name == "compose"
+
+
+@pytest.mark.req("O-1", "O-3")
+@pytest.mark.parametrize("name", sorted(ROLES))
+def test_a_roles_health_is_its_own_endpoint_and_prometheus_finds_it(name: str) -> None:
+    # given
+    config = load_config(ROOT / CONFIG)
+    port = config.metrics.base_port + PORT_OFFSETS[ROLES[name]]
+    scrapes = yaml.safe_load((ROOT / "grafana/prometheus/prometheus.yml").read_text("utf-8"))
+    (job,) = (job for job in scrapes["scrape_configs"] if job["job_name"] == name)
+    # then
+    assert f"http://127.0.0.1:{port}/metrics" in SERVICES[name]["healthcheck"]["test"][-1]
+    assert all(found["names"] == [name] for found in job["dns_sd_configs"])
+    num_ports = config.learner_world_size if name == "learner" else 1
+    assert [found["port"] for found in job["dns_sd_configs"]] == list(range(port, port + num_ports))
+    labels = {item["target_label"]: item["replacement"] for item in job["relabel_configs"]}
+    assert labels == {"role": name, "run": config.run.name}
+    assert config.metrics.host == "0.0.0.0", "else nobody outside the container reaches it"
+
+
+@pytest.mark.req("O-1")
+def test_the_broker_of_the_configuration_is_the_service_with_its_password_and_room() -> None:
+    config, command = load_config(ROOT / CONFIG), SERVICES["redis"]["command"]
+    assert config.broker.url == "redis://redis:6379/0"
+    assert config.broker.password_env in SERVICES["matcher"]["environment"]
+    assert SERVICES["redis"]["environment"]["REDISCLI_AUTH"] == command[command.index("--requirepass") + 1]
+    assert command[command.index("--appendonly") + 1] == "yes"
+    assert command[command.index("--appendfsync") + 1] == config.broker.durability
+    assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
+    assert with_defaults(command[command.index("--maxmemory") + 1]) == "1gb"
+    assert 2 * config.broker.max_bytes <= 1 << 30
+
+
+@pytest.mark.req("O-1")
+@pytest.mark.parametrize("name", sorted(set(SERVICES) - {"init"}))
+def test_a_service_is_careful(name: str) -> None:
+    service = SERVICES[name]
+    assert service["healthcheck"]["test"]
+    assert service["restart"] in ("on-failure", "unless-stopped")
+    assert service["mem_limit"]
+    if name not in ROLES:  # the roles' image has its user in the Dockerfile
+        assert service["user"] not in ("root", "0")
+
+
+@pytest.mark.req("O-1")
+def test_things_start_in_order_and_stop_in_peace() -> None:
+    for name in ROLES:
+        waits = {other: how["condition"] for other, how in SERVICES[name]["depends_on"].items()}
+        assert waits == {"redis": "service_healthy", "init": "service_completed_successfully"}
+        assert int(SERVICES[name]["stop_grace_period"].removesuffix("s")) >= 30
+        assert SERVICES[name]["init"] is True
+        assert "container_name" not in SERVICES[name], "replicas need names of their own"
+        assert "ports" not in SERVICES[name], "replicas cannot share a port of the machine"
+    assert SERVICES["init"]["restart"] == "no"
+
+
+@pytest.mark.req("O-1")
+def test_only_the_pages_are_published_and_only_to_this_machine() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert {name: with_defaults(ports[0]) for name, ports in published.items()} == {
+        "grafana": "127.0.0.1:3000:3000",
+        "prometheus": "127.0.0.1:9090:9090",
+    }
+
+
+@pytest.mark.req("O-1")
+def test_every_variable_has_a_default_and_is_explained() -> None:
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)(?::-[^}]+)?\}", TEXT))
+    assert used == set(re.findall(r"(?<!\$)\$\{(\w+):-[^}]+\}", TEXT)), "without a default"
+    explained = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", TEXT.partition("\nx-role")[0]))
+    assert used <= explained
+
+
+@pytest.mark.req("O-1")
+def test_every_file_and_volume_that_is_mounted_exists() -> None:
+    for name, service in SERVICES.items():
+        for mount in service.get("volumes", ()):
+            source = mount.split(":")[0]
+            if source.startswith("."):
+                assert any((ROOT / source).iterdir()), f"{name}: {source}"
+            else:
+                assert source in CONTENT["volumes"], f"{name}: {source}"
+
+
+@pytest.mark.req("O-1")
+def test_the_paths_of_the_configuration_lie_in_volumes_of_the_image() -> None:
+    # given
+    config = load_config(ROOT / CONFIG)
+    mounted = {mount.split(":")[1].rpartition("/")[2] for mount in SERVICES["matcher"]["volumes"]}
+    # then
+    for path in (config.data.train_jsonl, config.model.name_or_path, config.run.output_dir):
+        assert path is not None
+        assert Path(path).parts[0] in mounted
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    assert all(f"/srv/rollstream/{name}" in dockerfile for name in mounted)
+    assert "WORKDIR /srv/rollstream" in dockerfile
+
+
+@pytest.mark.req("V-1")
+def test_the_vllm_service_is_started_as_the_program_would_start_it() -> None:
+    # given
+    config = load_config(ROOT / "configs/stage2_async/vllm_compose.yaml")
+    options = ServeOptions(host="0.0.0.0", gpus=(0,))
+    (plan,) = plan_servers(config, SHIPPED_MODEL, options)
+    # when
+    said = SERVICES["vllm"]["command"]
+    flags = [part for flag in said[1:] for part in flag.split("=", 1)]
+    # then
+    assert flags == list(plan.flags[1:]), "write the flags of rollstream/vllm_plan.py into the compose file"
+    assert said[0] == config.model.name_or_path
+    environment, mounts = SERVICES["vllm"]["environment"], SERVICES["vllm"]["volumes"]
+    assert environment.keys() - plan.environment.keys() == {"HOME"}
+    assert all(environment[name] == value for name, value in plan.environment.items() if name != "PYTHONPATH")
+    worker = Path(plan.environment["PYTHONPATH"]).relative_to(ROOT)
+    assert f"./{worker}:{environment['PYTHONPATH']}:ro" in mounts
+    assert plan.base_url == "http://vllm:8000"
+
+
+@pytest.mark.req("O-1")
+def test_grafana_reads_what_is_mounted_into_it() -> None:
+    mounts = {mount.split(":")[0]: mount.split(":")[1] for mount in SERVICES["grafana"]["volumes"]}
+    providers = yaml.safe_load((ROOT / "grafana/provisioning/dashboards/rollstream.yml").read_text("utf-8"))
+    assert mounts["./grafana/dashboards"] == providers["providers"][0]["options"]["path"]
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (ROOT / "grafana/dashboards" / Path(home).name).exists()
+    sources = yaml.safe_load((ROOT / "grafana/provisioning/datasources/prometheus.yml").read_text("utf-8"))
+    assert sources["datasources"][0]["url"] == "http://prometheus:9090"
+
+
+@pytest.mark.req("O-1")
+def test_init_makes_what_is_missing_and_leaves_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given a working directory where the data is there and the model is not
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / CONFIG)
+    train = tmp_path / config.data.train_jsonl
+    train.parent.mkdir(parents=True)
+    train.write_text("mine\n", encoding="utf-8")
+    # when
+    first = list(prepare_inputs(config))
+    # then
+    assert train.read_text(encoding="utf-8") == "mine\n"
+    assert [line.partition(":")[0] for line in first] == ["data", "model"]
+    assert (tmp_path / "models/scenes_tiny/config.json").exists()
+    assert (tmp_path / "models/scenes_tiny/model.safetensors").stat().st_size > 0
+    # and again
+    assert all(line.endswith("is there") for line in prepare_inputs(config))

@@ -1,0 +1,168 @@
+"""Dashboards and rules: written from code, laid out without overlap, and about metrics that exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rollstream.dashboards import generated_files, write_generated
+from rollstream.dashboards.files import DASHBOARDS, dashboard_files
+from rollstream.metrics_table import series_names
+from tests.prometheus_queries import (
+    alert_conditions,
+    alerts,
+    dashboard_queries,
+    metric_names,
+    recorded_names,
+    recording_rules,
+)
+from tests.source_tree import ROOT
+
+PROMETHEUS = ROOT / "grafana" / "prometheus"
+PROVIDED_BY_PROMETHEUS = {"up", "ALERTS"}
+
+
+def known_names() -> set[str]:
+    return {*series_names(), *recorded_names(), *PROVIDED_BY_PROMETHEUS}
+
+
+def promtool() -> str:
+    """Return the path of promtool; missing, it skips on a laptop and fails in CI."""
+    program = shutil.which("promtool")
+    if program is None:
+        if os.environ.get("CI"):
+            pytest.fail("no promtool: install prometheus (Debian: apt install prometheus)")
+        pytest.skip("no promtool: install prometheus (Debian: apt install prometheus)")
+    return program
+
+
+@pytest.mark.req("O-4")
+@pytest.mark.parametrize("path", sorted(generated_files()), ids=str)
+def test_the_files_are_what_the_code_writes(path: Path) -> None:
+    assert (ROOT / path).read_text(encoding="utf-8") == generated_files()[path], (
+        f"{path} is old: run 'rollstream dashboards'"
+    )
+
+
+def test_writing_twice_writes_once(tmp_path: Path) -> None:
+    assert set(write_generated(tmp_path)) == set(generated_files())
+    assert write_generated(tmp_path) == []
+
+
+@pytest.mark.req("O-4")
+@pytest.mark.parametrize("name", sorted(DASHBOARDS))
+def test_every_query_of_a_dashboard_names_an_existing_metric(name: str) -> None:
+    queries = list(dashboard_queries(json.loads(dashboard_files()[Path(f"grafana/dashboards/{name}.json")])))
+    assert len(queries) > 10
+    unknown = {f"{expr}: {found}" for expr in queries for found in metric_names(expr) - known_names()}
+    assert not unknown, unknown
+
+
+@pytest.mark.req("O-4")
+def test_every_rule_names_an_existing_metric() -> None:
+    exprs = [rule["expr"] for rule in (*recording_rules(), *alerts())]
+    assert len(exprs) > 20
+    unknown = {f"{expr}: {found}" for expr in exprs for found in metric_names(expr) - known_names()}
+    assert not unknown, unknown
+
+
+def test_a_query_of_a_metric_that_does_not_exist_is_found() -> None:
+    expr = 'sum by (reason) (rate(rollstream_nothing_total{run="$run"}[5m])) / clamp_min(up{role="x"}, 1e-9)'
+    assert metric_names(expr) == {"rollstream_nothing_total", "up"}
+
+
+@pytest.mark.req("O-4")
+def test_every_metric_is_on_a_dashboard_or_in_a_rule() -> None:
+    asked = {
+        name
+        for text in dashboard_files().values()
+        for expr in dashboard_queries(json.loads(text))
+        for name in metric_names(expr)
+    } | {name for rule in recording_rules() for name in metric_names(rule["expr"])}
+    base = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} | asked
+    unseen = {re.sub(r"_(bucket|sum|count)$", "", name) for name in series_names()} - base
+    # by record on the queue page, where it is told for every stage; the matcher's own count says no more
+    assert {name for name in unseen if name not in series_names()} == set()
+    assert unseen <= {"rollstream_match_rejections_total"}
+
+
+@pytest.mark.req("O-4")
+@pytest.mark.parametrize("name", sorted(DASHBOARDS))
+def test_panels_do_not_overlap_and_have_a_meaning(name: str) -> None:
+    # given
+    panels = DASHBOARDS[name].to_json()["panels"]
+    # then
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert place["x"] + place["w"] <= 24
+        assert panel["type"] == "row" or panel["description"]
+        taken |= cells
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+@pytest.mark.req("O-4")
+def test_alerts_say_what_to_do_and_have_readable_conditions() -> None:
+    for alert in alerts():
+        assert {"summary", "remedy"} <= set(alert["annotations"])
+        assert alert["labels"]["severity"] in ("warning", "critical")
+        assert list(alert_conditions(alert["expr"])), alert["alert"]
+    assert {
+        *("NoProducer", "QueueEmpty", "LagAtWindow", "DropsRising", "LearnerWaiting", "RankMissing"),
+        *("BrokerNearBudget", "SyncFailing"),
+    } <= {alert["alert"] for alert in alerts()}
+
+
+@pytest.mark.req("O-4")
+def test_every_alert_has_a_test_in_which_it_fires() -> None:
+    content = yaml.safe_load((PROMETHEUS / "tests" / "alerts_test.yml").read_text("utf-8"))
+    firing = {
+        case["alertname"]
+        for test in content["tests"]
+        for case in test["alert_rule_test"]
+        if case["exp_alerts"]
+    }
+    assert firing == {alert["alert"] for alert in alerts()}
+
+
+@pytest.mark.req("O-4")
+def test_rules_pass_their_own_tests() -> None:
+    done = subprocess.run(
+        [promtool(), "test", "rules", "alerts_test.yml"],
+        cwd=PROMETHEUS / "tests",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.req("O-4")
+@pytest.mark.parametrize("name", ["prometheus.yml", "local.yml"])
+def test_prometheus_takes_its_configuration(name: str) -> None:
+    command = [promtool(), "check", "config", str(PROMETHEUS / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.req("O-4")
+def test_grafana_is_provisioned_with_the_data_source_that_the_dashboards_ask_for() -> None:
+    # given
+    sources = yaml.safe_load((ROOT / "grafana/provisioning/datasources/prometheus.yml").read_text("utf-8"))
+    providers = yaml.safe_load((ROOT / "grafana/provisioning/dashboards/rollstream.yml").read_text("utf-8"))
+    # then
+    assert [source["type"] for source in sources["datasources"] if source["isDefault"]] == ["prometheus"]
+    assert providers["providers"][0]["options"]["path"] == "/etc/grafana/dashboards"
