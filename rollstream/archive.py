@@ -5,6 +5,7 @@ Two append-only files of frames (length, msgpack map) in the run folder; a torn 
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
@@ -21,8 +22,10 @@ from broker_schemas.errors import DataError
 from broker_schemas.events import LogEvent, follow_events
 from broker_schemas.records import MatchedSegment
 from broker_schemas.role_loop import keep_stepping
+from rollstream.archive_loss import NOTHING, as_it_stands, find_loss, note_loss, read_losses
 from rollstream.archive_metrics import ArchiveMetrics
 
+log = logging.getLogger(__name__)
 FRAME: Final = struct.Struct("<I")
 EVENTS_FILE: Final = "events.frames"
 PAYLOADS_FILE: Final = "payloads.frames"
@@ -43,9 +46,19 @@ def read_frames(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_archived_events(folder: Path) -> Iterator[LogEvent]:
-    """Yield the archived events of a run, oldest first."""
+    """Yield the archived events of a run, oldest first; what a broker lost later is ``undone:<kind>``."""
+    losses = read_losses(folder)
     for _, frame in read_frames(folder / EVENTS_FILE):
-        yield LogEvent(event_id=frame["id"], kind=frame["type"], fields=frame["fields"])
+        event = LogEvent(event_id=frame["id"], kind=frame["type"], fields=frame["fields"])
+        yield as_it_stands(event, losses)
+
+
+def last_archived(folder: Path) -> str:
+    """Return the id of the last archived event, ``0-0`` for none."""
+    cursor = NOTHING
+    for _, frame in read_frames(folder / EVENTS_FILE):
+        cursor = frame["id"]
+    return cursor
 
 
 class PayloadIndex:
@@ -80,9 +93,9 @@ class ArchiveWriter:
         self._broker = broker
         self._metrics = metrics or ArchiveMetrics(CollectorRegistry())
         folder.mkdir(parents=True, exist_ok=True)
-        self.cursor = "0-0"
-        for _, frame in read_frames(folder / EVENTS_FILE):
-            self.cursor = frame["id"]
+        self._folder = folder
+        self.cursor = last_archived(folder)
+        self._noted = self.cursor
         self._events = _open_for_append(folder / EVENTS_FILE)
         self._payloads = _open_for_append(folder / PAYLOADS_FILE)
 
@@ -91,6 +104,7 @@ class ArchiveWriter:
         keep_stepping(lambda: self.step(block_ms=500), stop, role="archive")
         while self.step(block_ms=1):
             pass
+        self._advance()
 
     def step(self, *, block_ms: int) -> int:
         """Archive one batch; return its number of events. Raises BrokerError, OSError (disk full)."""
@@ -104,9 +118,29 @@ class ArchiveWriter:
             file.flush()
             os.fsync(file.fileno())
         self.cursor = events[-1].event_id
-        self._broker.run("advance_archive", ["archive"], [self.cursor, EVENTS_KEPT_IN_BROKER])
+        self._advance()
         self._metrics.on_archived(num_events=len(events), size_bytes=self.size_bytes)
         return len(events)
+
+    def _advance(self) -> None:
+        """Tell the broker how far the archive is; where it remembers otherwise, find out what it lost."""
+        while True:
+            reply = self._broker.run(
+                "advance_archive", ["archive"], [self.cursor, EVENTS_KEPT_IN_BROKER, self._noted]
+            )
+            if reply[0]:
+                self._noted = self.cursor
+                return
+            remembered = reply[1].decode()
+            loss = find_loss(self._broker, self._noted, remembered)
+            if loss is not None:
+                note_loss(self._folder, loss)
+                log.error(
+                    "archive: the broker crashed and lost acknowledged events after %s, up to %s; they are "
+                    "undone and done again (broker.durability 'always' loses nothing)",
+                    *(loss.kept_upto, loss.lost_upto),
+                )
+            self._noted = remembered
 
     @property
     def size_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,19 @@ from rich.table import Table
 from broker_schemas.broker import Broker
 from broker_schemas.events import LogEvent, read_events
 from broker_schemas.ledger import IN_FLIGHT, Ledger, RolloutHistory
-from rollstream.archive import read_archived_events
+from rollstream.archive import last_archived, read_archived_events
+from rollstream.archive_loss import BrokerLoss, as_it_stands, find_loss, noted_cursor
 
 LENGTH_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """The sums. ``balanced``: asked = trained + dropped + rejected + in flight, and no fault in the log."""
+    """The sums. ``balanced``: asked = trained + dropped + rejected + in flight, and no fault in the log.
+
+    ``undone`` is empty unless a broker crashed and lost what it had acknowledged: then the sums are those of
+    the log as it went on, and it says what that log no longer knows.
+    """
 
     asked: int
     trained: int
@@ -35,6 +40,7 @@ class Audit:
     skipped: int
     drops_by: dict[str, dict[str, int]]
     faults: list[str]
+    undone: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger = field(repr=False)
 
     @property
@@ -63,17 +69,26 @@ class Audit:
             "b_steps_skipped_due_to_queue": self.skipped,
             "drops_by": self.drops_by,
             "faults": self.faults,
+            "undone": self.undone,
         }
 
 
 def all_events(archive: Path, broker: Broker | None) -> Iterator[LogEvent]:
     """Yield the whole log: the archive, then what the broker has beyond it."""
     last = "-"
+    losses = [] if broker is None else _unnoted_losses(archive, broker)
     for event in read_archived_events(archive):
         last = event.event_id
-        yield event
+        yield as_it_stands(event, losses)
     if broker is not None:
         yield from read_events(broker, after=last)
+
+
+def _unnoted_losses(archive: Path, broker: Broker) -> list[BrokerLoss]:
+    """Return what the broker lost since the archive last spoke to it."""
+    noted = noted_cursor(broker)  # before the archive is read: it may go on meanwhile
+    loss = find_loss(broker, last_archived(archive), noted)
+    return [] if loss is None else [loss]
 
 
 def take_audit(events: Iterator[LogEvent], *, counters: dict[str, int] | None = None) -> Audit:
@@ -98,8 +113,37 @@ def take_audit(events: Iterator[LogEvent], *, counters: dict[str, int] | None = 
         skipped=sum(step.reason == "queue_short" for step in ledger.steps.values()),
         drops_by=_drops_by(rollouts),
         faults=faults,
+        undone=_undone(ledger),
         ledger=ledger,
     )
+
+
+def _undone(ledger: Ledger) -> dict[str, Any]:
+    """Return what a crashed broker lost: events, the optimizer steps among them, rollouts that it gave again.
+
+    ``trained_again``: rollouts of a lost claim that stand in another claim; at most as many were trained
+    twice, where a checkpoint already covered the lost one.
+    """
+    if not ledger.num_undone:
+        return {}
+    lost = {name for step in ledger.undone_steps.values() for *_, names in step.packs for name in names}
+    again = [
+        name
+        for step in ledger.steps.values()
+        for *_, names in step.packs
+        for name in names
+        if name in lost and not _is_same_claim(ledger, step.optimizer_step)
+    ]
+    return {
+        "events": ledger.num_undone,
+        "optimizer_steps": sorted(ledger.undone_steps),
+        "trained_again": len(again),
+    }
+
+
+def _is_same_claim(ledger: Ledger, optimizer_step: int) -> bool:
+    lost = ledger.undone_steps.get(optimizer_step)
+    return lost is not None and lost.packs == ledger.steps[optimizer_step].packs
 
 
 def _by_reason(rollouts: list[RolloutHistory], stage: str) -> dict[str, int]:
@@ -170,7 +214,18 @@ def render_audit(audit: Audit) -> RenderableType:
         if buckets:
             table.add_row(f"drops by {name}", ", ".join(f"{k}: {v}" for k, v in sorted(buckets.items())))
     verdict = "[green]balanced[/green]" if audit.balanced else "[red]NOT balanced[/red]"
-    return Group(table, verdict, *audit.faults[:20])
+    return Group(table, verdict, *_undone_lines(audit.undone), *audit.faults[:20])
+
+
+def _undone_lines(undone: Mapping[str, Any]) -> list[str]:
+    if not undone:
+        return []
+    steps = ", ".join(str(step) for step in undone["optimizer_steps"]) or "none"
+    return [
+        f"the broker crashed and lost {undone['events']} acknowledged events; optimizer steps among them: "
+        f"{steps}; rollouts claimed again by another step: {undone['trained_again']}. The sums are those of "
+        "the log as it went on; broker.durability 'always' loses nothing"
+    ]
 
 
 def render_step(audit: Audit, optimizer_step: int) -> RenderableType:

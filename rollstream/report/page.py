@@ -15,16 +15,14 @@ from rollstream.report.pictures import example_rows
 from rollstream.visible_text import one_line, visible_text
 
 _TEMPLATE: Final = "assets/report.html.j2"
+_STYLE: Final = "assets/report.css"
 
 
 def render_html(data: ReportData) -> str:
     """Return the whole page; every text of the run is escaped, plots and pictures are inline."""
-    source = resources.files("rollstream").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
-    )
     titles, rows = phrases.evaluation_lines(data)
-    return environment.from_string(source).render(
+    return render_page(
+        _TEMPLATE,
         run_name=one_line(data.run_name, 80),
         variant=one_line(data.variant, 60),
         model=one_line(data.model, 120),
@@ -39,6 +37,22 @@ def render_html(data: ReportData) -> str:
         audit=data.audit,
         missing=data.missing,
     )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return a page of the reports' look; ``template`` is a file of this package and gets ``style``.
+
+    Every text is escaped and made visible; plots and pictures come as markup of our own.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
+    style = Markup(_asset(_STYLE))
+    return environment.from_string(_asset(template)).render(style=style, **values)
+
+
+def _asset(name: str) -> str:
+    return resources.files("rollstream").joinpath(name).read_text(encoding="utf-8")
 
 
 def _shown(value: Any) -> Any:
