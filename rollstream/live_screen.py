@@ -37,7 +37,7 @@ def watch(console: Console, picture: Callable[[], RenderableType]) -> None:
 
 @contextmanager
 def keys_one_by_one() -> Iterator[int | None]:
-    """Let keys be read without Return and unseen, and put the terminal back; yields None without a terminal."""
+    """Read keys without Return and unseen, then put the terminal back; yields None without a terminal."""
     try:
         keyboard = sys.stdin.fileno()
         before = termios.tcgetattr(keyboard)

@@ -1,4 +1,4 @@
-"""`rollstream top` in a real terminal of 80 by 24: what an operator sees, and the terminal it leaves behind."""
+"""`rollstream top` in a real terminal of 80 by 24: what is seen, and the terminal it leaves behind."""
 
 from __future__ import annotations
 
