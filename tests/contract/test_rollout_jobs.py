@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,9 +84,8 @@ def test_a_job_is_json_on_the_wire_and_reaches_the_producer(
 ) -> None:
     enqueue(broker, "j-1")
     raw: Any = broker.client.hget("rq:job:j-1", "data")
-    body = raw if raw.lstrip().startswith(b"[") else __import__("zlib").decompress(raw)
 
-    function, instance, arguments, named = json.loads(body)
+    function, instance, arguments, named = json.loads(zlib.decompress(raw))
 
     assert (function, instance, named) == (JOB_FUNCTION, None, {})
     assert RolloutRequest.from_spec(arguments[0]) == request_named("j-1")
@@ -98,10 +98,9 @@ def test_a_pickled_job_fails_without_being_unpickled(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     proof = tmp_path / "executed"
+    poison = pickle.dumps(Poisoned(proof))
     data = pickle.dumps((JOB_FUNCTION, None, (Poisoned(proof),), {}))
-    enqueue(
-        broker, "j-bad", data=data, meta=pickle.dumps(Poisoned(proof)), result=pickle.dumps(Poisoned(proof))
-    )
+    enqueue(broker, "j-bad", data=data, meta=poison, result=poison, exc_info=poison)
     enqueue(broker, "j-good")
 
     assert work(broker, monkeypatch) == ["j-good"]
@@ -144,6 +143,9 @@ def test_callbacks_and_webhooks_in_a_job_are_not_called(
     assert work(broker, monkeypatch) == ["j-good"]
 
     assert called == []
+    assert all(
+        not RolloutJob.fetch(name, broker.client, JSONSerializer).webhooks for name in ("j-good", "j-bad")
+    )
 
 
 @pytest.mark.req("Q-13", "O-5")
@@ -155,3 +157,14 @@ def test_bytes_that_are_no_job_fail_and_the_worker_goes_on(
     enqueue(broker, "j-good")
 
     assert work(broker, monkeypatch) == ["j-good"]
+
+
+@pytest.mark.req("Q-13", "O-5")
+@pytest.mark.parametrize("field", ["timeout", "status", "created_at", "retries_left", "result_ttl", "origin"])
+def test_fields_that_cannot_be_leave_the_job_out_and_the_worker_goes_on(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    enqueue(broker, "j-bad", **{field: b"\xff?"})
+    enqueue(broker, "j-good")
+
+    assert "j-good" in work(broker, monkeypatch)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 
 from configs import load_config
@@ -41,8 +42,11 @@ class FakeStack:
         """Write the configuration with the files it names, and return its path."""
         model = self.root / "model"
         model.mkdir(exist_ok=True)
-        for path in (self.root / "train.jsonl", *(model / name for name in MODEL_FILES)):
+        for path in (model / name for name in MODEL_FILES):
             path.write_text("{}\n", encoding="utf-8")
+        Image.new("RGB", (8, 8)).save(self.root / "image.png")
+        sample = {"images": ["image.png"], "width": 8, "height": 8, "objects": []}
+        (self.root / "train.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
         mapping = make_mapping(
             run__output_dir=str(self.root / "runs"),
             data__train_jsonl=str(self.root / "train.jsonl"),
@@ -89,7 +93,8 @@ class FakeStack:
         return [int(line.split()[-1]) for line in self.diary() if " began " in line]
 
     def samples(self) -> list[dict[str, Any]]:
-        lines = self.folder.stack_samples.read_text(encoding="utf-8").splitlines()
+        path = self.folder.stack_samples  # a stack that ends within its first second has none yet
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [json.loads(line) for line in lines]
 
     def wait_for(self, text: str) -> None:

@@ -46,6 +46,8 @@ LAUNCHER: Final = "rollstream/learner_launcher.py"
 LAUNCHER_MAY_USE: Final = ("torch.distributed.run", "torch.distributed.elastic")
 SEEDED_GENERATORS: Final = {"random.Random", "numpy.random.Generator", "numpy.random.SeedSequence"}
 UNPICKLERS: Final = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+# a test that pickles to prove that nobody unpickles
+ATTACKS: Final = {"tests/contract/test_rollout_jobs.py"}
 NAMELESS: Final = {"utils", "util", "misc", "helpers", "helper", "common", "manager"}
 METRICS: Final = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
 METRIC_UNITS: Final = (
@@ -162,7 +164,7 @@ def test_nothing_is_ever_unpickled() -> None:
     def found() -> Iterator[str]:
         for file in python_files(*PACKAGES, "tests"):
             for line, name in file.imports():
-                if name.split(".")[0] in UNPICKLERS:
+                if name.split(".")[0] in UNPICKLERS and str(file.path) not in ATTACKS:
                     yield f"{file.path}:{line} imports {name}"
             for name, call in file.calls():
                 given = {keyword.arg: keyword.value for keyword in call.keywords}
