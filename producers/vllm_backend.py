@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from broker_schemas.errors import ServerUnavailable
@@ -84,14 +85,11 @@ class VllmBackend:
         longest = max(len(request.prompt_token_ids) for request in requests)
         check_room(self._servers, longest + self._settings.decoding.max_new_tokens)
         sizes = [server.world_size for server in self._servers]
-        starts, slices = 0, []
-        for server, num_requests in zip(
-            self._servers, slice_requests(len(requests), sizes, 1)[0], strict=True
-        ):
-            slices.append((server, requests[starts : starts + num_requests]))
-            starts += num_requests
+        shares = slice_requests(len(requests), sizes, 1)[0]
+        ends = accumulate(shares)
+        slices = [requests[end - share : end] for end, share in zip(ends, shares, strict=True)]
         with ThreadPoolExecutor(max_workers=len(slices)) as pool:
-            parts = list(pool.map(lambda part: self._generate_on(*part), slices))
+            parts = list(pool.map(self._generate_on, self._servers, slices))
         return [generation for part in parts for generation in part]
 
     def close(self) -> None:
