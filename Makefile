@@ -12,11 +12,12 @@ WARM_RUN := runs/warm-start-scenes
 WARM_CONFIG := configs/warm_start/scenes.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check up down bench requirements assets clean
+.PHONY: help demo test test-vllm check up down bench requirements assets clean
 
 help:
 	@echo "make demo            the main job, from nothing to a report (ARGS='--steps 48')"
 	@echo "make test            all tests (ARGS='-k packing')"
+	@echo "make test-vllm       the tests on real vLLM servers; installs them apart (about 6 GB)"
 	@echo "make check           formatter, linter, types, house rules"
 	@echo "make up CONFIG=…     the whole stack on this machine"
 	@echo "make down RUN=…      stop the stack of a run folder (runs/<name>)"
@@ -41,6 +42,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q $(ARGS)
+
+test-vllm: $(STAMP)
+	@bash scripts/install_vllm.sh
+	@ROLLSTREAM_TEST_VLLM=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	  $(BIN)/python -m pytest -q tests/vllm $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --output-format concise .
