@@ -13,6 +13,7 @@ from broker_schemas.errors import RunStopped
 
 STAGING_MARK: Final = ".writing-"
 ASIDE_MARK: Final = ".replaced-"
+READABLE: Final = 0o644
 
 
 @contextmanager
@@ -30,6 +31,8 @@ def whole_directory(final: Path) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         for path in sorted(staging.rglob("*")):
+            if path.is_file():
+                path.chmod(READABLE)  # the weights are read by servers of other users; some writers make 0600
             _sync(path)
         _sync(staging)
         _move_into_place(staging, final)

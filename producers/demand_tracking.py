@@ -48,9 +48,18 @@ class DemandTracker:
             ready_packs_per_rank=status.ready_depths,
             segments_per_pack=mean,
             least_segments_per_pack=min(self._per_pack, default=mean),
-            generation_steps=max(self._generation_steps),
+            generation_steps=self._generation_estimate(status),
             oldest_outstanding_optimizer_step=self._issued[0][1] if self._issued else None,
         )
+
+    def _generation_estimate(self, status: RunStatus) -> int:
+        """Return the careful estimate, but 1 while nothing is under way.
+
+        A slow start could forbid every further request, and with none there would be no new measure: an empty
+        pipeline therefore asks once more. What comes too late is dropped as stale and counted.
+        """
+        under_way = status.outstanding + status.matched_waiting + sum(status.ready_depths)
+        return max(self._generation_steps) if under_way else 1
 
     def _learn_pack_sizes(self, status: RunStatus) -> None:
         packs, segments = status.total("packed"), status.total("packed_segments")

@@ -44,7 +44,7 @@ class DispatcherSettings:
     demand: DemandSettings | None
     start_segments_per_pack: float = 4.0
     lease: LeaseSettings = field(default_factory=LeaseSettings)
-    job_timeout_s: int = 600
+    job_timeout_s: int = 3600
     poll_s: float = 0.1
 
 
