@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -15,6 +16,7 @@ from redis.retry import Retry
 from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused, BrokerUnavailable
 
 LOWEST_SERVER: Final = (6, 2, 0)
+_TLS_REFUSAL: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED|\[X509|\[PEM")
 _PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")
 
 
@@ -40,16 +42,33 @@ class BrokerAddress:
         return _PASSWORD.sub("***", self.url)
 
 
+class LostConnectionRetry(Retry):
+    """Tries again where that can help: redis-py counts a wrong password among the lost connections."""
+
+    def call_with_retry(
+        self,
+        do: Callable[[], Any],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> Any:
+        def may_help(error: Exception) -> bool:
+            is_refusal = isinstance(error, redis.AuthenticationError) or _TLS_REFUSAL.search(str(error))
+            return not is_refusal and (is_retryable is None or is_retryable(error))
+
+        return super().call_with_retry(do, fail, may_help, with_failure_count)
+
+
 def open_redis(address: BrokerAddress, *, socket_timeout_s: float = 30.0) -> redis.Redis:
     """Return a client that retries lost connections with backoff (50 ms to 3 s, ``retries`` times).
 
     Connecting, and each wait for an answer, takes ``socket_timeout_s`` at most, connecting no more than 5 s.
-    Nothing is sent yet. Raises BrokerRefused for a URL that is none.
+    Nothing is sent yet. Raises BrokerRefused for a URL that is none, and for TLS files that are not there.
     """
     options: dict[str, object] = {
         "socket_timeout": socket_timeout_s,
         "socket_connect_timeout": min(5.0, socket_timeout_s),
-        "retry": Retry(ExponentialBackoff(cap=3.0, base=0.05), address.retries),
+        "retry": LostConnectionRetry(ExponentialBackoff(cap=3.0, base=0.05), address.retries),
         "retry_on_error": [redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError],
         "health_check_interval": 30,
     }
@@ -65,6 +84,11 @@ def open_redis(address: BrokerAddress, *, socket_timeout_s: float = 30.0) -> red
             "ssl_keyfile": address.key_file,
         }
         options |= {name: file for name, file in files.items() if file is not None}
+        missing = [file for file in files.values() if file is not None and not Path(file).is_file()]
+        if missing:
+            raise BrokerRefused(
+                f"broker {address.shown}: no file {', '.join(missing)}; correct the paths in broker.tls"
+            )
     try:
         return redis.Redis.from_url(address.url, **options)
     except ValueError as exc:
@@ -96,6 +120,11 @@ def broker_errors(doing: str) -> Iterator[None]:
     except redis.exceptions.TimeoutError as exc:
         raise BrokerUnavailable(f"{doing}: no answer in time ({exc})") from exc
     except redis.exceptions.ConnectionError as exc:
+        if _TLS_REFUSAL.search(str(exc)):
+            raise BrokerRefused(
+                f"{doing}: no trust in the broker's certificate ({exc}); check the files in broker.tls, and "
+                "that the certificate is made out to the host in broker.url"
+            ) from exc
         raise BrokerUnavailable(f"{doing}: no connection ({exc})") from exc
     except redis.exceptions.ResponseError as exc:
         raise _from_response(doing, exc) from exc
@@ -109,7 +138,8 @@ def _from_response(doing: str, exc: redis.exceptions.ResponseError) -> BrokerErr
         return BrokerRefused(f"{doing}: the broker wants a password ({text}); set it in the environment")
     if "OOM" in text:
         return BrokerFull(f"{doing}: the server is out of memory ({text}); raise maxmemory or free a run")
-    if "NOPERM" in text:
+    # a script's caller lacks a right: Redis 6.2 says so in words of its own
+    if "NOPERM" in text or "The user executing the script can't" in text or "ACL failure in script" in text:
         return BrokerRefused(f"{doing}: this user may not do that ({text}); check the ACL file")
     return BrokerError(f"{doing}: the broker answers {text}")
 

@@ -22,6 +22,7 @@ from rollstream import (
     cli_operate,
     cli_queue,
     cli_runs,
+    cli_security,
     cli_sweep,
     cli_vllm,
 )
@@ -41,6 +42,7 @@ cli_runs.register(app)
 cli_queue.register(app)
 cli_operate.register(app)
 cli_sweep.register(app)
+cli_security.register(app)
 cli_vllm.register(app)
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]

@@ -28,6 +28,7 @@ REJECTION_REASONS: Final = (
     *("record_error", "malformed", "schema_too_new", "too_large", "not_admitted", "generation_failed"),
     *("fragment_not_encoded", "record_malformed", "token_id_out_of_vocab", "ground_truth_malformed"),
     *("logprobs_not_finite", "image_missing", "segment_too_long", "image_token_in_answer"),
+    *("image_tokens_differ", "image_outside_root"),
 )
 STAGES: Final = {
     "requested": "requested",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -16,6 +17,7 @@ from broker_schemas.client import SegmentSink, SinkSettings, segment_line
 from broker_schemas.codec import MAX_RECORD_BYTES
 from broker_schemas.events import read_events
 from broker_schemas.matcher_door import MatcherDoor
+from broker_schemas.records import ImageReference
 from broker_schemas.rollout_requests import LeaseSettings, issue_requests
 from broker_schemas.status import read_status
 from consumers.matcher import Matcher, MatcherSettings
@@ -261,3 +263,20 @@ def test_a_body_that_contradicts_its_line_is_rejected(broker: Broker, field: str
 
     (letter,) = match_all_and_check(broker)
     assert letter[b"raw"] == body
+
+
+@pytest.mark.req("Q-13")
+@pytest.mark.parametrize(
+    "path", ["../a.png", "a/../../b.png", "/etc/hosts", "//etc/hosts", "", ".", "a\0b", ".."]
+)
+def test_an_image_path_that_leaves_the_data_root_is_rejected_before_anyone_opens_it(
+    broker: Broker, path: str
+) -> None:
+    record = make_rollout(record_id=f"h-{next(IDS)}")
+    image = ImageReference(path=path, width=128, height=128, grid_thw=(1, 8, 8))
+    assert SegmentSink(broker).push([replace(record, images=(image,))]) == ["ok"]
+
+    (letter,) = match_all_and_check(broker)
+
+    assert letter[b"reason"] in (b"image_outside_root", b"malformed")
+    check_the_loop_goes_on(broker)
