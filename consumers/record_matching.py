@@ -6,6 +6,7 @@ The one pure function that the matcher's loop calls; it must not know streams, m
 from __future__ import annotations
 
 import math
+import posixpath
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -32,6 +33,7 @@ RejectionReason = Literal[
     "logprobs_not_finite",
     "image_missing",
     "image_tokens_differ",
+    "image_outside_root",
 ]
 TOO_LONG_ADVICE: Final = (
     "raise training.global_max_length, or lower the image bounds or "
@@ -196,6 +198,10 @@ def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | N
         problem = _ground_truth_problem(item, f"{where}.assistant_payload[{index}]")
         if problem is not None:
             return Rejection(reason="ground_truth_malformed", detail=problem)
+    for index, image in enumerate(record.images):
+        if not _is_within_root(image.path):
+            detail = f"{where}.images[{index}]: got path {image.path!r:.80}, expected one below the data root"
+            return Rejection(reason="image_outside_root", detail=detail)
     problem = _image_token_problem(record, tools, where)
     if problem is not None:
         return Rejection(reason="image_tokens_differ", detail=problem)
@@ -206,6 +212,12 @@ def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | N
         detail = f"{where}.images: got none, expected the image that was evaluated"
         return Rejection(reason="image_missing", detail=detail)
     return None
+
+
+def _is_within_root(path: str) -> bool:
+    """Say whether a relative path stays below its root; the learner would refuse it, and stop."""
+    plain = posixpath.normpath(path)
+    return bool(path) and "\0" not in path and plain != "." and plain.split("/")[0] not in ("..", "")
 
 
 def _image_token_problem(record: SegmentRecord, tools: MatcherTools, where: str) -> str | None:
