@@ -27,6 +27,7 @@ GENERATE_PATH: Final = "/inference/v1/generate"
 CHAT_PATH: Final = "/v1/chat/completions"
 LOADER: Final = "load_published_weights"
 LOADER_CLASS: Final = "rollstream_vllm_worker.PublishedWeights"
+TRANSFER_ENGINE: Final = "rollstream"
 # the server is there but asks to come again
 _TRY_AGAIN: Final = frozenset({408, 425, 429})
 
@@ -156,12 +157,57 @@ class VllmServer:
         if problems:
             raise ServerRefused(f"{self.base_url}: {problems[0]}")
 
-    def _has_loader(self) -> bool:
+    def init_weight_transfer(self, meeting: Mapping[str, Any]) -> None:
+        """Let the workers join the group at ``meeting``; returns when they have, or have given up.
+
+        Raises ServerRefused where the server was not started for transfers.
+        """
+        if self._setting("weight_transfer_config", "backend") != TRANSFER_ENGINE:
+            raise ServerRefused(
+                f"{self.base_url}: takes no weight transfers; start it with 'rollstream serve vllm' and "
+                "vllm.sync.mode transfer"
+            )
+        self.post("/init_weight_transfer_engine", {"init_info": dict(meeting)})
+
+    def start_weight_update(self) -> None:
+        """Take the layers apart for new weights."""
+        self.post("/start_weight_update")
+
+    def update_weights(self, message: Mapping[str, Any]) -> None:
+        """Let the workers receive what ``message`` describes; returns when they have, or have given up."""
+        self.post("/update_weights", {"update_info": dict(message)})
+
+    def finish_weight_update(self) -> None:
+        """Put the layers together again."""
+        self.post("/finish_weight_update")
+
+    def transfer_group(self) -> str:
+        """Return the name of the group that all workers are in; empty for none or several."""
+        names = {str(name) for name in self._ask_workers("transfer_group")}
+        return names.pop() if len(names) == 1 else ""
+
+    def transfer_problem(self) -> str | None:
+        """Return what went wrong with the last transfer in the first worker that knows, None for nothing."""
+        problems = [str(found) for found in self._ask_workers("transfer_problem") if found is not None]
+        return problems[0] if problems else None
+
+    def device(self) -> str:
+        """Return what the server computes on, such as ``cpu`` or ``cuda``."""
+        return str(self._setting("device_config", "device")).partition(":")[0]
+
+    def _ask_workers(self, method: str) -> list[Any]:
+        results = self.post("/collective_rpc", {"method": method}).get("results")
+        return results if isinstance(results, list) else []
+
+    def _setting(self, section: str, name: str) -> Any:
         info = self.get("/server_info?config_format=json", timeout_s=LOOK_TIMEOUT_S).get("vllm_config")
-        config = info if isinstance(info, dict) else {}
-        if (config.get("parallel_config") or {}).get("worker_extension_cls") == LOADER_CLASS:
+        found = info.get(section) if isinstance(info, dict) else None
+        return found.get(name) if isinstance(found, dict) else None
+
+    def _has_loader(self) -> bool:
+        if self._setting("parallel_config", "worker_extension_cls") == LOADER_CLASS:
             return True
-        if (config.get("device_config") or {}).get("device") == "cpu":
+        if self.device() == "cpu":
             raise ServerRefused(
                 f"{self.base_url}: a CPU server without {LOADER_CLASS} keeps the old weights in its output "
                 "layer; start it with 'rollstream serve vllm'"

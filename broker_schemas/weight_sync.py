@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from broker_schemas.errors import RolloutServerError
 from broker_schemas.vllm_http import PauseMode
@@ -26,24 +26,36 @@ class SyncDoor(Protocol):
     def resume(self) -> None: ...
 
 
+Door = TypeVar("Door", bound=SyncDoor)
+
+
+def load_by_path(server: SyncDoor, weights_path: str) -> None:
+    """Let a server read a published folder by itself."""
+    server.load_weights(weights_path)
+
+
 def load_into_servers(
-    servers: Sequence[SyncDoor], label: WeightLabel, mode: PauseMode
+    servers: Sequence[Door],
+    label: WeightLabel,
+    mode: PauseMode,
+    load_weights: Callable[[Door, str], None] = load_by_path,
 ) -> dict[str, RolloutServerError]:
     """Give every server the weights of ``label``; return what went wrong, by address. Empty: all have them.
 
+    ``load_weights`` brings the folder of the label into one paused server.
     No server goes on before all that still take part have loaded, so no inference is in flight meanwhile.
     A server that fails is left as it is, paused and labelled as loading: nothing comes from unknown weights.
     """
     failures: dict[str, RolloutServerError] = {}
 
-    def load(server: SyncDoor) -> None:
+    def load(server: Door) -> None:
         # a crash from here on leaves a label that nobody takes for a policy version
         server.set_label(f"{LOADING} {label}")
-        server.load_weights(label.weights_path)
+        load_weights(server, label.weights_path)
         server.forget_old_weights()
         server.set_label(str(label))
 
-    phases: tuple[Callable[[SyncDoor], None], ...] = (
+    phases: tuple[Callable[[Door], None], ...] = (
         lambda server: server.pause(mode),
         load,
         lambda server: server.resume(),
@@ -54,10 +66,8 @@ def load_into_servers(
     return failures
 
 
-def _in_parallel(
-    servers: Sequence[SyncDoor], phase: Callable[[SyncDoor], None]
-) -> dict[str, RolloutServerError]:
-    def attempt(server: SyncDoor) -> RolloutServerError | None:
+def _in_parallel(servers: Sequence[Door], phase: Callable[[Door], None]) -> dict[str, RolloutServerError]:
+    def attempt(server: Door) -> RolloutServerError | None:
         try:
             phase(server)
         except RolloutServerError as exc:

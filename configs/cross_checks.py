@@ -176,7 +176,7 @@ def _method(config: RunConfig) -> Iterator[Problem]:
         yield Problem(message=message, paths=(servers_path, (*METHOD, "rollout_backend")))
     for url in sorted({url for url in urls if urls.count(url) > 1}):
         yield Problem(message=f"{url} stands here more than once; keep one", paths=(servers_path,))
-    if not method.vllm.sync.fallback_to_full:
+    if method.vllm.sync.mode == "full" and not method.vllm.sync.fallback_to_full:
         message = "got false, expected true: with sync.mode full there is no other way; take the key out"
         yield Problem(message=message, paths=((*METHOD, "vllm", "sync", "fallback_to_full"),))
 

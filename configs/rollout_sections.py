@@ -62,10 +62,10 @@ class VllmServerSection(Section):
 class VllmSyncSection(Section):
     """How weights reach the servers."""
 
-    mode: Literal["full"] = "full"
-    """`full` = each server loads the published folder by its path."""
+    mode: Literal["full", "transfer"] = "full"
+    """`full` = each server loads the published folder by its path; `transfer` = rank 0 sends the weights."""
     fallback_to_full: bool = True
-    """Load the whole folder when a faster way fails; must be true while `full` is the only mode."""
+    """Let a server load the folder by its path when a transfer to it fails; only `transfer` reads it."""
 
 
 class VllmSection(Section):

@@ -17,7 +17,7 @@ from broker_schemas.errors import (
 from broker_schemas.server_lock import HoldServer
 from broker_schemas.vllm_http import PauseMode, VllmServer
 from broker_schemas.weight_label import WeightLabel
-from broker_schemas.weight_sync import load_into_servers
+from broker_schemas.weight_sync import load_by_path, load_into_servers
 
 LOG = logging.getLogger("rollstream.learner")
 LOOK_EVERY_S = 1.0
@@ -30,11 +30,13 @@ class ServerSync:
     ``wait`` lets rollouts in flight end first, ``keep`` freezes them and lets them go on with the new
     weights. The first sync of a run waits ``timeout_s`` for every server. Later ones go on without a server
     that does not answer, as a producer brings it up to date when it is back, but not without all of them.
+    ``load_weights`` brings a published folder into one paused server.
     """
 
     doors: Sequence[VllmServer]
     timeout_s: float
     mode: PauseMode = "wait"
+    load_weights: Callable[[VllmServer, str], None] = load_by_path
     hold: HoldServer = field(default=lambda base_url: nullcontext())
     clock: Callable[[], float] = time.monotonic
     pause: Callable[[float], None] = time.sleep
@@ -87,7 +89,7 @@ class ServerSync:
                     locks.enter_context(self.hold(door.base_url))
             except ServerUnavailable as exc:
                 raise DeadlinePassed(f"sync of policy version {label.policy_version}: {exc}") from exc
-            return load_into_servers(there, label, self.mode)
+            return load_into_servers(there, label, self.mode, self.load_weights)
 
     def _answers(self, door: VllmServer) -> bool:
         if door.is_healthy():

@@ -11,7 +11,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from broker_schemas.errors import ConfigError, DataError
-from broker_schemas.vllm_http import LOADER_CLASS
+from broker_schemas.vllm_http import LOADER_CLASS, TRANSFER_ENGINE
 from configs import RunConfig
 from rollstream.wiring import access
 
@@ -48,13 +48,16 @@ class ServerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """What a server must know of its model: the folder, and bounds of images, prompts and rollouts."""
+    """What a server must know of its model: the folder, bounds of images, prompts and rollouts, and whether
+    the learner sends it weights.
+    """
 
     folder: Path
     dtype: str
     most_pixels: int
     max_model_len: int
     num_images: int = 1
+    takes_transfers: bool = False
 
 
 def plan_servers(config: RunConfig, model: Path, options: ServeOptions) -> list[ServerPlan]:
@@ -77,6 +80,7 @@ def plan_servers(config: RunConfig, model: Path, options: ServeOptions) -> list[
         most_pixels=config.model.image.max_pixels or checkpoint_pixels(model),
         max_model_len=longest_rollout(config, model, options.num_images),
         num_images=options.num_images,
+        takes_transfers=config.rollout_matching.vllm.sync.mode == "transfer",
     )
     plans = []
     for index, gpus in zip(chosen, _deal_gpus(config, options, chosen, len(urls)), strict=True):
@@ -148,10 +152,17 @@ def serve_flags(served: ServedModel, host: str, port: int, num_gpus: int) -> tup
         # the checkpoint's own sampling defaults must not mix with ours
         *("--generation-config", "vllm"),
         *("--worker-extension-cls", LOADER_CLASS),
+        *_transfer_flags(served),
         # the endpoint that takes token ids and says which weights wrote each token
         "--enable-scale-out",
         *(("--tensor-parallel-size", str(num_gpus)) if num_gpus else ("--enforce-eager",)),
     )
+
+
+def _transfer_flags(served: ServedModel) -> tuple[str, ...]:
+    if not served.takes_transfers:
+        return ()
+    return ("--weight-transfer-config", json.dumps({"backend": TRANSFER_ENGINE}))
 
 
 def _environment(gpus: tuple[int, ...], num_on_machine: int) -> dict[str, str]:

@@ -262,7 +262,7 @@ def build_parts(
         log=TrainingLog(settings.train_log, tensorboard_dir=settings.tensorboard_dir) if first else None,
         evaluation_log=TrainingLog(settings.evaluation_log) if first else None,
         evaluate=evaluate if first else None,
-        sync_servers=server_sync(config) if first else None,
+        sync_servers=server_sync(config, ranks.device) if first else None,
         on_step=on_step or (lambda row: None),
     )
     return parts, settings

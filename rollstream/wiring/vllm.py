@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from broker_schemas.broker import Broker
 from broker_schemas.server_lock import server_locks
 from broker_schemas.vllm_http import PauseMode, VllmServer
+from broker_schemas.weight_sync import load_by_path
 from configs import RunConfig
 from learner.server_sync import ServerSync
 from producers.rollout_backend import DecodingSettings
@@ -14,6 +16,9 @@ from producers.vllm_backend import VllmBackend, VllmBackendSettings
 from producers.vllm_client import RetrySettings
 from producers.vllm_servers import ServerFleet
 from rollstream.wiring import access
+
+if TYPE_CHECKING:
+    import torch
 
 PAUSE_MODES: Final[dict[str, PauseMode]] = {"strict": "wait", "keep": "keep"}
 
@@ -58,8 +63,10 @@ def vllm_backend(config: RunConfig, broker: Broker, decoding: DecodingSettings) 
     )
 
 
-def server_sync(config: RunConfig) -> ServerSync | None:
-    """Return the sync of rank 0; None where producers load the weights themselves. Raises BrokerError."""
+def server_sync(config: RunConfig, device: torch.device) -> ServerSync | None:
+    """Return the sync of rank 0, which computes on ``device``; None where producers load the weights
+    themselves. Raises BrokerError.
+    """
     if config.rollout_matching.rollout_backend != "vllm" or config.b_ratio == 0:
         return None
     broker = access.open_broker(config)
@@ -68,5 +75,17 @@ def server_sync(config: RunConfig) -> ServerSync | None:
         doors=server_doors(config),
         timeout_s=timeout_s,
         mode=pause_mode(config),
+        load_weights=_weight_loader(config, device),
         hold=server_locks(broker, wait_s=timeout_s),
     )
+
+
+def _weight_loader(config: RunConfig, device: torch.device) -> Callable[[VllmServer, str], None]:
+    sync = config.rollout_matching.vllm.sync
+    if sync.mode == "full":
+        return load_by_path
+    # producers import this module and have no torch
+    from learner.weight_transfer import WeightTransfer
+
+    timeout_s = config.rollout_matching.vllm.server.timeout_s
+    return WeightTransfer(device=device, timeout_s=timeout_s, fallback=sync.fallback_to_full)

@@ -152,7 +152,11 @@ def vllm_config(stage: Stage, folder: Path, ports: list[int]) -> RunConfig:
     )
     mapping["custom"]["extra"]["rollout_matching"].update(
         rollout_backend="vllm",
-        vllm={"server": {"servers": [{"base_url": f"http://127.0.0.1:{port}"} for port in ports]}},
+        vllm={
+            "server": {"servers": [{"base_url": f"http://127.0.0.1:{port}"} for port in ports]},
+            # such a server loads by path as well
+            "sync": {"mode": "transfer"},
+        },
     )
     return load_mapping(folder, mapping)
 

@@ -28,7 +28,7 @@ NUM_B_STEPS = 10
 VERSION_WINDOW = 8
 
 
-def write_config(stage: Stage, servers: RunningServers, folder: Path) -> Path:
+def write_config(stage: Stage, servers: RunningServers, folder: Path, way: str) -> Path:
     """Two ranks, one pack a rank and step, a sync at every step, strict."""
     make_scenes(folder / "scenes", num_train=48, num_val=2, seed=6)
     config = {
@@ -45,7 +45,10 @@ def write_config(stage: Stage, servers: RunningServers, folder: Path) -> Path:
                     "rollout_backend": "vllm",
                     "decode_batch_size": 4,
                     "max_new_tokens": 24,
-                    "vllm": {"server": {"servers": [{"base_url": plan.base_url} for plan in servers.plans]}},
+                    "vllm": {
+                        "server": {"servers": [{"base_url": plan.base_url} for plan in servers.plans]},
+                        "sync": {"mode": way},
+                    },
                 }
             },
         },
@@ -87,14 +90,16 @@ def wait_for_b_steps(folder: RunFolder, num_wanted: int, stack: subprocess.Popen
 
 
 @pytest.mark.req("V-1", "V-2", "V-6", "Q-14")
+@pytest.mark.parametrize("way", ["full", "transfer"])
 def test_a_run_on_two_servers_goes_on_when_one_is_killed_and_comes_back(
     stage: Stage,
     two_servers: RunningServers,
     make_vllm: MakeBackend,
     make_hf: Callable[[], HfBackend],
     tmp_path: Path,
+    way: str,
 ) -> None:
-    config = write_config(stage, two_servers, tmp_path)
+    config = write_config(stage, two_servers, tmp_path, way)
     folder = RunFolder(tmp_path / "runs" / "on-vllm")
     warm_up(stage, two_servers, make_vllm)
     log = (tmp_path / "up.log").open("wb")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from broker_schemas.broker import Broker
-from broker_schemas.errors import RunStopped, ServerUnavailable
+from broker_schemas.errors import RunStopped, ServerFailed, ServerUnavailable
 from broker_schemas.server_lock import server_locks
 from broker_schemas.vllm_http import VllmServer
+from broker_schemas.weight_sync import load_by_path
+from learner.server_group import ServerGroup
 from learner.server_sync import ServerSync
+from learner.weight_transfer import WeightTransfer
 from producers.hf_backend import HfBackend
 from producers.rollout_backend import DecodingSettings, Generation
 from tests.vllm.conftest import MakeBackend, RunningServers, Stage
@@ -22,16 +26,31 @@ def ids_of(generations: list[Generation]) -> list[list[int]]:
     return [generation.response_token_ids.tolist() for generation in generations]
 
 
-def sync_of(doors: list[VllmServer], broker: Broker, mode: str = "wait") -> ServerSync:
+@pytest.fixture
+def transfer() -> Iterator[WeightTransfer]:
+    """Small buckets, so that one bucket holds parts of several layers and a layer lies in several."""
+    made = WeightTransfer(device=torch.device("cpu"), timeout_s=60.0, fallback=False, bucket_bytes=1 << 20)
+    yield made
+    made.close()
+
+
+def sync_of(
+    doors: list[VllmServer],
+    broker: Broker,
+    mode: str = "wait",
+    load_weights: Callable[[VllmServer, str], None] = load_by_path,
+) -> ServerSync:
     return ServerSync(
         doors=doors,
         timeout_s=120.0,
         mode="keep" if mode == "keep" else "wait",
+        load_weights=load_weights,
         hold=server_locks(broker, wait_s=60.0),
     )
 
 
 @pytest.mark.req("V-1", "V-2", "V-6")
+@pytest.mark.parametrize("way", ["full", "transfer"])
 @pytest.mark.parametrize("mode", ["wait", "keep"])
 def test_after_each_sync_every_server_generates_with_the_published_weights(
     stage: Stage,
@@ -39,10 +58,13 @@ def test_after_each_sync_every_server_generates_with_the_published_weights(
     make_vllm: MakeBackend,
     make_hf: Callable[[], HfBackend],
     real_broker: Broker,
+    transfer: WeightTransfer,
     mode: str,
+    way: str,
 ) -> None:
     doors = two_servers.doors()
-    sync, hf = sync_of(doors, real_broker, mode), make_hf()
+    load_weights = transfer if way == "transfer" else load_by_path
+    sync, hf = sync_of(doors, real_broker, mode, load_weights), make_hf()
     seen = set()
 
     for policy_version in (2, 3, 4, 2):
@@ -89,11 +111,17 @@ def test_a_strict_sync_waits_for_rollouts_in_flight_and_they_keep_their_version(
 
 
 @pytest.mark.req("V-2")
+@pytest.mark.parametrize("way", ["full", "transfer"])
 def test_a_kept_rollout_goes_on_with_the_new_weights_and_carries_its_lowest_version(
-    stage: Stage, two_servers: RunningServers, make_vllm: MakeBackend, real_broker: Broker
+    stage: Stage,
+    two_servers: RunningServers,
+    make_vllm: MakeBackend,
+    real_broker: Broker,
+    transfer: WeightTransfer,
+    way: str,
 ) -> None:
     doors = two_servers.doors()
-    sync = sync_of(doors, real_broker, "keep")
+    sync = sync_of(doors, real_broker, "keep", transfer if way == "transfer" else load_by_path)
     before, after = stage.publish(2), stage.publish(3)
     sync(2, before.weights_path)
     backend = make_vllm(DecodingSettings(max_new_tokens=90, temperature=1.0))
@@ -182,6 +210,46 @@ def test_a_killed_server_is_left_out_and_catches_up_before_its_next_request(
     alone = make_vllm(doors=[two_servers.doors()[1]])
     alone.follow(policy)
     assert ids_of(alone.generate(stage.samples[:4], [0] * 4)) == expected
+
+
+@pytest.mark.req("V-2")
+def test_a_transfer_whose_learner_dies_leaves_a_server_that_loads_by_path_and_takes_the_next(
+    stage: Stage,
+    two_servers: RunningServers,
+    make_vllm: MakeBackend,
+    make_hf: Callable[[], HfBackend],
+    real_broker: Broker,
+    transfer: WeightTransfer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # given a learner that dies after its first bucket: the group is gone, nobody ends the update
+    door = two_servers.doors()[0]
+    sync_of([door], real_broker)(2, stage.publish(2).weights_path)
+    send = ServerGroup.send
+
+    def die(group: ServerGroup, row: torch.Tensor) -> None:
+        send(group, row)
+        group.close()
+        raise ServerFailed("the learner died")
+
+    monkeypatch.setattr(ServerGroup, "send", die)
+    monkeypatch.setattr(VllmServer, "finish_weight_update", lambda door: None)
+    with pytest.raises(RunStopped, match="the learner died"):
+        sync_of([door], real_broker, load_weights=transfer)(3, stage.publish(3).weights_path)
+    monkeypatch.undo()
+    assert door.is_healthy()
+    assert door.label().startswith("loading")
+
+    # when a producer comes by, then the next learner
+    for policy, load in ((stage.publish(4), None), (stage.publish(3), transfer)):
+        if load is not None:
+            sync_of([door], real_broker, load_weights=load)(policy.policy_version, policy.weights_path)
+        backend, hf = make_vllm(doors=[door]), make_hf()
+        backend.follow(policy)
+        hf.follow(policy)
+        # then
+        expected = ids_of(hf.generate(stage.samples[:4], [0] * 4))
+        assert ids_of(backend.generate(stage.samples[:4], [0] * 4)) == expected
 
 
 @pytest.mark.req("V-2")

@@ -9,9 +9,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+# chosen by --weight-transfer-config; loaded when a worker with it starts
+WeightTransferEngineFactory.register_engine("rollstream", "rollstream_vllm_transfer", "GroupReceiver")
+
 
 class PublishedWeights:
-    """Adds one method to a vLLM worker, for ``/collective_rpc``."""
+    """Adds methods to a vLLM worker, for ``/collective_rpc``."""
 
     def load_published_weights(self: Any, weights_path: str) -> str | None:
         """Load a Hugging Face folder in place; return None, or why it was not tried.
@@ -20,9 +25,27 @@ class PublishedWeights:
         """
         if not any(Path(weights_path).glob("*.safetensors")):
             return f"no *.safetensors in {weights_path} as this server sees it"
+        if self._weight_update_active:
+            # half a transfer, whose learner died: layers left apart would take weights of both for whole
+            self.finish_weight_update()
         self.reload_weights(weights_path=weights_path)
         _pack_shared_again(self.model_runner.get_model())
         return None
+
+    def transfer_group(self: Any) -> str:
+        """Return the name of the group that this worker would receive weights from; empty for none."""
+        engine = self.weight_transfer_engine
+        return "" if engine is None else engine.group_name
+
+    def transfer_problem(self: Any) -> str | None:
+        """Return None when the last transfer put all its weights in place, else what went wrong with it."""
+        engine = self.weight_transfer_engine
+        if engine is None:
+            return "no weight transfer, expected --weight-transfer-config"
+        problem: str | None = engine.problem
+        if problem is None:
+            _pack_shared_again(self.model_runner.get_model())
+        return problem
 
 
 def _pack_shared_again(model: Any) -> None:
