@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOG := $(VENV)/install.log
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input -q -c constraints.txt
-BENCHES ?= packing matching queue
+BENCHES ?= packing matching queue pipeline
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 ARGS ?=
 WARM_RUN := runs/warm-start-scenes
 WARM_CONFIG := configs/warm_start/scenes.yaml
@@ -19,8 +20,8 @@ help:
 	@echo "make test            all tests (ARGS='-k packing')"
 	@echo "make test-vllm       the tests on real vLLM servers; installs them apart (about 6 GB)"
 	@echo "make check           formatter, linter, types, house rules"
-	@echo "make up CONFIG=…     the whole stack on this machine"
-	@echo "make down RUN=…      stop the stack of a run folder (runs/<name>)"
+	@echo "make up              the whole stack in containers, dashboards at http://localhost:3000 (CONFIG=…)"
+	@echo "make down            stop them; their volumes stay"
 	@echo "make bench           the budgets of docs/DESIGN.md (BENCHES='packing')"
 	@echo "make requirements    each requirement with the tests that prove it"
 	@echo "make assets          train the shipped checkpoint again"
@@ -54,19 +55,16 @@ check: $(STAMP)
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit/test_house_rules.py tests/unit/test_house_documents.py tests/unit/test_error_map.py
 
-up: $(STAMP)
-	@test -n "$(CONFIG)" || { echo "make up: which run? say make up CONFIG=configs/demo.yaml"; exit 2; }
-	@$(BIN)/rollstream up $(CONFIG) $(ARGS)
+# CONFIG is the run that the containers make; REDIS_PASSWORD and the other variables of the compose file pass through
+up:
+	@$(COMPOSE) version >/dev/null 2>&1 || { echo "make up: no Docker with compose here; without it: rollstream up CONFIG"; exit 2; }
+	@$(if $(CONFIG),RUN_CONFIG=$(CONFIG)) $(COMPOSE) up --build --detach $(ARGS)
+	@echo "dashboards: http://localhost:$${GRAFANA_PORT:-3000}   queries: http://localhost:$${PROMETHEUS_PORT:-9090}"
+	@echo "health: $(COMPOSE) ps   logs: $(COMPOSE) logs -f learner   stop: make down"
 
-# the kernel holds the lock for as long as the stack lives, so a stale file stops nothing
+# volumes stay, so the next make up goes on with the run; ARGS=--volumes forgets it
 down:
-	@test -n "$(RUN)" || { echo "make down: which run? say make down RUN=runs/<name>"; exit 2; }
-	@test -d "$(RUN)" || { echo "make down: no folder $(RUN); give the folder of a run (runs/<name>)"; exit 2; }
-	@lock="$(RUN)/stack.lock"; \
-	if [ ! -e "$$lock" ] || flock -n "$$lock" true; then echo "$(RUN): no stack is running"; exit 0; fi; \
-	pid=$$(cat "$$lock"); echo "$(RUN): stopping the stack, process $$pid"; kill -TERM "$$pid"; \
-	flock -w 90 "$$lock" true || { echo "$(RUN): process $$pid still runs after 90 s; kill -TERM $$pid again ends it at once"; exit 1; }; \
-	echo "$(RUN): stopped; the same rollstream up goes on with it"
+	@$(COMPOSE) down $(ARGS)
 
 bench: $(STAMP)
 	@set -e; for bench in $(BENCHES); do OMP_NUM_THREADS=1 $(BIN)/rollstream bench $$bench $(ARGS); done

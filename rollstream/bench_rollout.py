@@ -10,11 +10,13 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
+import torch
 from rich.table import Table
 
 from broker_schemas.errors import ConfigError
@@ -23,7 +25,9 @@ from broker_schemas.sample_format.dataset import Sample, read_dataset
 from broker_schemas.sample_format.images import ImageProcessor
 from broker_schemas.sample_format.prompt import PromptBuilder
 from broker_schemas.vllm_http import VllmServer
+from broker_schemas.weight_sync import load_by_path
 from learner.server_sync import ServerSync
+from learner.weight_transfer import WeightTransfer
 from producers.rollout_backend import DecodingSettings, RolloutBackend
 from producers.vllm_backend import VllmBackend, VllmBackendSettings
 from producers.vllm_client import RetrySettings
@@ -34,6 +38,7 @@ from rollstream.tiny_model import PRESETS, TinySizes, make_tiny_model
 from rollstream.vllm_plan import ServedModel, ServerPlan, checkpoint_pixels, plan_alone
 
 NUM_PROMPTS: Final = 32
+NUM_SYNCS: Final = 5
 MAX_MODEL_LEN: Final = 512
 START_TIMEOUT_S: Final = 600.0
 REQUEST_TIMEOUT_S: Final = 300.0
@@ -50,12 +55,16 @@ SIZES: Final[dict[str, TinySizes]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SyncTime:
-    """One model size: parameters, bytes of its weights, seconds of one strict sync (the fastest of three)."""
+    """One model size: parameters, bytes of its weights, seconds of one strict sync (the median of five).
+
+    ``full_s`` where the server reads the folder by its path, ``transfer_s`` where the learner sends it.
+    """
 
     name: str
     num_parameters: int
     num_bytes: int
-    sync_s: float
+    full_s: float
+    transfer_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +89,8 @@ class RolloutBench:
                 table.add_row(f"generate, {backend}", f"batches of {batch_size}", f"{rate:,.0f} tokens/s")
         for sync in self.syncs:
             size = f"{sync.num_parameters / 1e6:.1f} M parameters, {sync.num_bytes / 1e6:.0f} MB"
-            table.add_row(f"sync, {sync.name}", size, f"{sync.sync_s * 1000:,.0f} ms")
+            table.add_row(f"sync by path, {sync.name}", size, f"{sync.full_s * 1000:,.0f} ms")
+            table.add_row(f"sync by transfer, {sync.name}", size, f"{sync.transfer_s * 1000:,.0f} ms")
         return table
 
 
@@ -118,26 +128,40 @@ def run_rollout_bench(*, seed: int, quick: bool) -> RolloutBench:
 
 def _served(model: Path) -> ServedModel:
     return ServedModel(
-        folder=model, dtype="float32", most_pixels=checkpoint_pixels(model), max_model_len=MAX_MODEL_LEN
+        folder=model,
+        dtype="float32",
+        most_pixels=checkpoint_pixels(model),
+        max_model_len=MAX_MODEL_LEN,
+        takes_transfers=True,
     )
 
 
 def _time_sync(name: str, model: Path, num_parameters: int, plan: ServerPlan, root: Path) -> SyncTime:
     policy = root / f"policy-{name}" / "v1"
     shutil.copytree(model, policy)
-    sync = ServerSync(doors=[VllmServer(plan.base_url, timeout_s=START_TIMEOUT_S)], timeout_s=START_TIMEOUT_S)
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        sync(1, str(policy))
-        times.append(time.perf_counter() - started)
-    sync.close()
+    transfer = WeightTransfer(device=torch.device("cpu"), timeout_s=START_TIMEOUT_S, fallback=False)
+    full_s, transfer_s = (_median_sync_s(load, policy, plan) for load in (load_by_path, transfer))
+    transfer.close()
     return SyncTime(
         name=name,
         num_parameters=num_parameters,
         num_bytes=sum(file.stat().st_size for file in policy.glob("*.safetensors")),
-        sync_s=min(times),
+        full_s=full_s,
+        transfer_s=transfer_s,
     )
+
+
+def _median_sync_s(load_weights: Callable[[VllmServer, str], None], policy: Path, plan: ServerPlan) -> float:
+    door = VllmServer(plan.base_url, timeout_s=START_TIMEOUT_S)
+    sync = ServerSync(doors=[door], timeout_s=START_TIMEOUT_S, load_weights=load_weights)
+    times = []
+    # the first one opens connections
+    for _ in range(1 + NUM_SYNCS):
+        started = time.perf_counter()
+        sync(1, str(policy))
+        times.append(time.perf_counter() - started)
+    sync.close()
+    return median(times[1:])
 
 
 def _time_backends(
