@@ -157,12 +157,16 @@ class VllmServer:
         if problems:
             raise ServerRefused(f"{self.base_url}: {problems[0]}")
 
+    def takes_transfers(self) -> bool:
+        """Return whether it was started to receive weights from the learner."""
+        return bool(self._setting("weight_transfer_config", "backend") == TRANSFER_ENGINE)
+
     def init_weight_transfer(self, meeting: Mapping[str, Any]) -> None:
         """Let the workers join the group at ``meeting``; returns when they have, or have given up.
 
         Raises ServerRefused where the server was not started for transfers.
         """
-        if self._setting("weight_transfer_config", "backend") != TRANSFER_ENGINE:
+        if not self.takes_transfers():
             raise ServerRefused(
                 f"{self.base_url}: takes no weight transfers; start it with 'rollstream serve vllm' and "
                 "vllm.sync.mode transfer"

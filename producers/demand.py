@@ -13,6 +13,11 @@ segment is claimed fresh if at its arrival at most that many packs for each rank
 included. In line can be everything in the pipeline, since younger requests may return before it. So the whole
 pipeline is held under the smallest bound of all steps at which a request in flight was issued.
 
+The bound counts packs and relies on the smallest ones. Where it leaves room for the packs of just one or two
+steps, that many small packs would be too few rollouts to make the step's packs at all, and all of them would
+go stale in a skipped step. So what fills the packs of one step is asked for wherever the bound has room for
+them; a few segments that do not get into them may then miss their bound.
+
 Exact selection lets a younger segment overtake an older one inside the pack buffer, though never the oldest;
 such a segment can miss its bound. It is then dropped as stale and counted, as any other.
 
@@ -86,7 +91,7 @@ class DemandState:
     ready_packs_per_rank: tuple[int, ...]
     """Ready packs not yet claimed, for each rank; stale ones that the next claim drops left out."""
     segments_per_pack: float
-    """Mean number of segments in a pack: a start value, then measured; decides how much is asked for."""
+    """Segments that fill a pack: a start value, then measured; decides how much is asked for."""
     least_segments_per_pack: float
     """Fewest segments that recent packs held; the bound on freshness relies on it."""
     generation_steps: int
@@ -106,8 +111,8 @@ class DemandState:
             raise ValueError(f"demand state: got a negative number in {self}, expected 0 or more")
         if not 0 < self.least_segments_per_pack <= self.segments_per_pack:
             raise ValueError(
-                f"segments per pack: got least {self.least_segments_per_pack} and mean "
-                f"{self.segments_per_pack}, expected 0 < least <= mean"
+                f"segments per pack: got least {self.least_segments_per_pack} and full "
+                f"{self.segments_per_pack}, expected 0 < least <= full"
             )
 
 
@@ -135,7 +140,9 @@ def requests_to_issue(state: DemandState, settings: DemandSettings) -> int:
 
 
 def decide_demand(state: DemandState, settings: DemandSettings) -> DemandDecision:
-    """Weigh the aim, rounded up to whole requests, against the freshness bound, which is never exceeded.
+    """Weigh the aim, rounded up to whole requests, against the freshness bound.
+
+    The bound is exceeded only to fill the packs of one step.
 
     A last request may be smaller than the others: rounding down could leave a step short of rollouts for
     ever. Raises `ValueError` when the state's ranks are not `world_size` many.
@@ -147,9 +154,13 @@ def decide_demand(state: DemandState, settings: DemandSettings) -> DemandDecisio
         )
     num_pending = state.num_outstanding_rollouts + state.num_matched_segments
     aim_packs = _missing_packs(state, _aim_level(state, settings))
-    fresh_packs = _missing_packs(state, freshness_level(state, settings))
+    level = freshness_level(state, settings)
+    num_allowed = max(
+        math.floor(_missing_packs(state, level) * state.least_segments_per_pack),
+        _one_step(state, settings) if level >= settings.gradient_accumulation_steps else 0,
+    )
     num_aimed = max(0, math.ceil(aim_packs * state.segments_per_pack) - num_pending)
-    num_fresh = max(0, math.floor(fresh_packs * state.least_segments_per_pack) - num_pending)
+    num_fresh = max(0, num_allowed - num_pending)
     chunk = settings.rollouts_per_request
     num_whole = -(-num_aimed // chunk) * chunk
     num_rollouts = min(num_whole, num_fresh)
@@ -200,6 +211,12 @@ def _scheduled_packs(start_step: int, end_step: int, settings: DemandSettings) -
     numerator, denominator = settings.b_ratio.numerator, settings.b_ratio.denominator
     num_rollout_steps = end_step * numerator // denominator - start_step * numerator // denominator
     return num_rollout_steps * settings.gradient_accumulation_steps
+
+
+def _one_step(state: DemandState, settings: DemandSettings) -> int:
+    """Segments that fill the packs of one rollout step, as far as they are not ready."""
+    missing = _missing_packs(state, settings.gradient_accumulation_steps)
+    return math.ceil(missing * state.segments_per_pack)
 
 
 def _missing_packs(state: DemandState, level: int) -> int:

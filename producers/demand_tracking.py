@@ -14,17 +14,22 @@ MAX_GENERATION_STEPS = 64
 
 @dataclass
 class DemandTracker:
-    """Keeps when rollouts were asked for and how many segments recent packs held.
+    """Keeps when rollouts were asked for, how long matched ones were, how many segments recent packs held.
 
-    ``start_segments_per_pack`` is used until packs were made. Rollouts are taken to come back in the order in
-    which they were asked for; where they do not, the estimates err to the careful side.
+    How many segments fill a pack of ``capacity_tokens`` follows from their lengths, not from the packs that
+    were made: those are small where rollouts are few, and fewer still would be asked for.
+    ``start_segments_per_pack`` is used until some were matched. Rollouts are taken to come back in the order
+    in which they were asked for; where they do not, the estimates err to the careful side.
     """
 
     start_segments_per_pack: float
+    capacity_tokens: int
     _issued: deque[tuple[int, int]] = field(default_factory=deque)  # (rollouts asked for in all, at step)
     _generation_steps: deque[int] = field(default_factory=lambda: deque([1], maxlen=NUM_RECENT))
     _per_pack: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
     _packed_before: tuple[int, int] = (0, 0)
+    _matched: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
+    _matched_before: tuple[int, int] = (0, 0)
 
     def on_issued(self, total_requested: int, optimizer_step: int) -> None:
         """Note that ``total_requested`` rollouts have been asked for by now."""
@@ -38,7 +43,8 @@ class DemandTracker:
             _, asked_at = self._issued.popleft()
             self._generation_steps.append(min(max(1, optimizer_step - asked_at + 1), MAX_GENERATION_STEPS))
         self._learn_pack_sizes(status)
-        mean = sum(self._per_pack) / len(self._per_pack) if self._per_pack else self.start_segments_per_pack
+        self._learn_lengths(status)
+        full = self._segments_in_a_full_pack()
         num_claims = status.total("steps:A") + status.total("steps:B")
         return DemandState(
             optimizer_step=optimizer_step,
@@ -46,8 +52,8 @@ class DemandTracker:
             num_outstanding_rollouts=max(0, status.outstanding),
             num_matched_segments=status.matched_waiting,
             ready_packs_per_rank=status.ready_depths,
-            segments_per_pack=mean,
-            least_segments_per_pack=min(self._per_pack, default=mean),
+            segments_per_pack=full,
+            least_segments_per_pack=min([full, *self._per_pack]),
             generation_steps=self._generation_estimate(status),
             oldest_outstanding_optimizer_step=self._issued[0][1] if self._issued else None,
         )
@@ -67,3 +73,16 @@ class DemandTracker:
         if new_packs > 0:
             self._per_pack.append(max(1.0, new_segments / new_packs))
             self._packed_before = (packs, segments)
+
+    def _learn_lengths(self, status: RunStatus) -> None:
+        matched, tokens = status.total("matched"), status.total("matched_tokens")
+        new_matched, new_tokens = matched - self._matched_before[0], tokens - self._matched_before[1]
+        if new_matched > 0 and new_tokens > 0:
+            self._matched.append((new_matched, new_tokens))
+        self._matched_before = (matched, tokens)
+
+    def _segments_in_a_full_pack(self) -> float:
+        if not self._matched:
+            return self.start_segments_per_pack
+        mean_tokens = sum(tokens for _, tokens in self._matched) / sum(num for num, _ in self._matched)
+        return max(1.0, self.capacity_tokens / mean_tokens)

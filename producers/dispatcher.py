@@ -42,6 +42,7 @@ class DispatcherSettings:
     seed: int
     request_size: int
     demand: DemandSettings | None
+    capacity_tokens: int
     start_segments_per_pack: float = 4.0
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     job_timeout_s: int = 3600
@@ -58,7 +59,7 @@ class Dispatcher:
         self._queue = queue
         self._metrics = metrics
         self._settings = settings
-        self._tracker = DemandTracker(settings.start_segments_per_pack)
+        self._tracker = DemandTracker(settings.start_segments_per_pack, settings.capacity_tokens)
         self._leases_checked_at_s = 0.0
 
     def loop(self, stop: threading.Event) -> None:

@@ -146,7 +146,7 @@ def examine_servers(config: RunConfig) -> Iterator[Finding]:
         return
     sizes, findings = [], []
     for server in config.rollout_matching.vllm.server.servers:
-        size, finding = _ask_server(server.base_url)
+        size, finding = _ask_server(server.base_url, config.rollout_matching.vllm.sync.mode)
         sizes.append(size)
         findings.append(finding)
     yield from findings
@@ -154,7 +154,7 @@ def examine_servers(config: RunConfig) -> Iterator[Finding]:
         yield judge_chunk(config, sizes)
 
 
-def _ask_server(base_url: str) -> tuple[int, Finding]:
+def _ask_server(base_url: str, sync_mode: str) -> tuple[int, Finding]:
     from broker_schemas.vllm_http import VllmServer
 
     check = f"server {base_url}"
@@ -166,6 +166,9 @@ def _ask_server(base_url: str) -> tuple[int, Finding]:
         if not door.takes_token_ids():
             remedy = "start it with --enable-scale-out, as rollstream serve vllm CONFIG does"
             return 0, fail(check, "takes no token ids", remedy)
+        if sync_mode == "transfer" and not door.takes_transfers():
+            remedy = "start it again by rollstream serve vllm CONFIG, or set vllm.sync.mode: full"
+            return 0, fail(check, "takes no weight transfers", remedy)
         size = door.world_size()
     except RollstreamError as exc:
         return 0, fail(check, str(exc), "start it by rollstream serve vllm CONFIG, which sets what we need")

@@ -32,6 +32,12 @@ class ScenesSummary:
     num_objects: int
     num_polygons: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {self.num_train} training and {self.num_val} validation scenes, "
+            f"{self.num_objects} objects, {self.num_polygons} of them polygons"
+        )
+
 
 def make_scenes(
     destination: str | Path,

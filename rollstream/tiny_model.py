@@ -79,6 +79,12 @@ class TinyModelSummary:
     num_parameters: int
     vocabulary_size: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {self.num_parameters:,} parameters, random, and a vocabulary of "
+            f"{self.vocabulary_size:,} tokens"
+        )
+
 
 def make_tiny_model(
     destination: str | Path,

@@ -68,13 +68,14 @@ local function decide(kind, reason, short, take)
   return redis.call('HGETALL', KEYS[4])
 end
 
+-- at an A step too: until they are gone, stale packs pass for depth, and nobody makes fresh ones
+if mode ~= 'sealed' then drop_stale() end
 if ARGV[3] == 'A' then return decide('A', 'schedule', '', 0) end
 if mode == 'sealed' then
   if redis.call('HEXISTS', KEYS[5], step) == 0 then return {} end
   redis.call('HDEL', KEYS[5], step)
   return decide('B', 'claimed', '', 1000000)
 end
-drop_stale()
 local short = short_ranks()
 if #short == 0 then return decide('B', 'claimed', '', wanted) end
 if mode == 'wait' then return {} end

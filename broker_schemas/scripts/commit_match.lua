@@ -15,7 +15,7 @@
 --            rejected   text: reason           first: detail            second: raw bytes
 -- Reply: one text with a status a record, parted by " ": matched, evaluated, dropped, rejected, or gone (someone
 --        else committed it).
-local group, oldest, status, bytes = ARGV[2], tonumber(ARGV[3]), {}, 0
+local group, oldest, status, bytes, tokens = ARGV[2], tonumber(ARGV[3]), {}, 0, 0
 local taken, admitted, payloads = {}, {}, {}
 local matched, evaluated, rejected, dropped = {}, {}, {}, {}
 
@@ -81,6 +81,7 @@ local function settle(verdict)
     payloads[#payloads + 1] = second
     redis.call('XADD', KEYS[4], '*', 'record_id', id, 'body', first)
     matched[#matched + 1] = id .. '\t' .. text
+    tokens = tokens + tonumber(text)
     bytes = bytes + #second
   elseif outcome == 'evaluated' then
     redis.call('XADD', KEYS[6], '*', 'record_id', id, 'body', first)
@@ -108,6 +109,7 @@ for reason, ids in pairs(dropped) do
   count('dropped:' .. reason, #ids)
 end
 count('matched', #matched)
+count('matched_tokens', tokens)
 count('evaluated', #evaluated)
 count('bytes', bytes)
 return table.concat(status, ' ')

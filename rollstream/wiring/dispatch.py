@@ -49,6 +49,7 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
             seed=config.run.seed,
             request_size=config.producers.request_size,
             demand=demand_settings(config),
+            capacity_tokens=config.training.global_max_length,
             start_segments_per_pack=float(config.training.per_device_train_batch_size),
             lease=lease_settings(config),
         ),

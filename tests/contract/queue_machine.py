@@ -238,8 +238,8 @@ class QueueMachine(RuleBasedStateMachine):
                     entry=entry, outcome=outcome, reason=reason, detail="x", segment=segment, result_body=b"r"
                 )
             )
-            size = len(segment.encode_body())
-            expected.append(model.match(item, outcome, reason, oldest=oldest, payload_bytes=size))
+            sizes = {"payload_bytes": len(segment.encode_body()), "num_tokens": segment.encoded_length}
+            expected.append(model.match(item, outcome, reason, oldest=oldest, **sizes))
         assert self.matchers[name].commit(verdicts, oldest_policy_version=oldest) == expected
 
     # packers

@@ -140,7 +140,9 @@ class QueueModel:
         for request_id in [key for key, request in self.requests.items() if request.remaining == 0]:
             del self.requests[request_id]
 
-    def match(self, name: str, outcome: str, reason: str, *, oldest: int, payload_bytes: int) -> str:
+    def match(
+        self, name: str, outcome: str, reason: str, *, oldest: int, payload_bytes: int, num_tokens: int
+    ) -> str:
         if name not in self.segments:
             return "gone"
         del self.segments[name]
@@ -157,6 +159,7 @@ class QueueModel:
         if outcome == "matched":
             self.matched[name] = None
             self.payload_bytes[name] = payload_bytes
+            self.counters["matched_tokens"] += num_tokens
         is_told_by_reason = outcome in ("dropped", "rejected")
         self.counters[f"{outcome}:{reason}" if is_told_by_reason else outcome] += 1
         return outcome
@@ -207,21 +210,25 @@ class QueueModel:
         self, step: int, kind: str, mode: str, *, packs_per_rank: int, oldest: int
     ) -> tuple[str, str, list[ModelPack], tuple[int, ...]] | None:
         """Return kind, reason, packs and short ranks of a step that is not decided yet; None: not yet."""
+        if mode != "sealed":
+            self.drop_stale_packs(oldest)
         if kind == "A":
             return "A", "schedule", [], ()
         if mode == "sealed":
             if self.sealed.pop(step, None) is None:
                 return None
             return "B", "claimed", self._take(None), ()
+        short = tuple(rank for rank, packs in enumerate(self.ready) if len(packs) < packs_per_rank)
+        if not short:
+            return "B", "claimed", self._take(packs_per_rank), ()
+        return None if mode == "wait" else ("A", "queue_short", [], short)
+
+    def drop_stale_packs(self, oldest: int) -> None:
         for rank, packs in enumerate(self.ready):
             for pack in packs:
                 if pack.policy_version < oldest:
                     self.drop(pack.ids, "stale")
             self.ready[rank] = [pack for pack in packs if pack.policy_version >= oldest]
-        short = tuple(rank for rank, packs in enumerate(self.ready) if len(packs) < packs_per_rank)
-        if not short:
-            return "B", "claimed", self._take(packs_per_rank), ()
-        return None if mode == "wait" else ("A", "queue_short", [], short)
 
     def _take(self, num_packs: int | None) -> list[ModelPack]:
         taken = []

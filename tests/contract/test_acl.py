@@ -144,7 +144,9 @@ def dispatcher_of(broker: Broker) -> Dispatcher:
         broker,
         rollout_queue(broker.client, broker.keys.rollout_queue),
         DispatcherMetrics(CollectorRegistry()),
-        DispatcherSettings(world_size=1, num_samples=8, seed=1, request_size=2, demand=None),
+        DispatcherSettings(
+            world_size=1, num_samples=8, seed=1, request_size=2, demand=None, capacity_tokens=64
+        ),
     )
 
 

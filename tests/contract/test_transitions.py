@@ -270,6 +270,19 @@ def test_stale_packs_are_dropped_on_all_ranks_before_a_claim(broker: Broker) -> 
     assert read_status(broker, 2).by_reason("dropped") == {"stale": 2}
 
 
+@pytest.mark.req("Q-5", "Q-16")
+def test_stale_packs_are_gone_from_the_depth_after_a_ground_truth_step(broker: Broker) -> None:
+    ready_packs(broker, "a", "b", "c", ranks=(0, 0, 1), version=1)
+    learner = a_learner(broker, version_window=2)
+    fresh = learner.claim_step(optimizer_step=0, scheduled_kind="A", policy_version=3)
+    assert read_status(broker, 2).ready_depths == (2, 1)
+    learner.claim_step(optimizer_step=1, scheduled_kind="A", policy_version=4)
+    status = read_status(broker, 2)
+    assert fresh is not None
+    assert (status.ready_depths, status.by_reason("dropped")) == ((0, 0), {"stale": 3})
+    assert status.total("bytes") == 0
+
+
 @pytest.mark.req("S-7")
 def test_a_sealed_step_gives_every_rank_all_its_packs(broker: Broker) -> None:
     learner = a_learner(broker, mode="sealed", num_rollouts=3)

@@ -67,13 +67,26 @@ def test_generation_that_takes_steps_is_covered_by_requests_in_flight() -> None:
 
 @pytest.mark.req("Q-16")
 def test_freshness_holds_the_number_down_and_the_last_request_may_be_smaller() -> None:
-    settings = replace(SETTINGS, version_window=0)  # only the coming step's claim is fresh: 2 packs a rank
+    settings = replace(SETTINGS, version_window=1)  # the claims of two steps are fresh: 4 packs a rank
+    state = replace(STATE, least_segments_per_pack=2.7)
 
-    decision = decide_demand(replace(STATE, least_segments_per_pack=2.6), settings)
+    decision = decide_demand(state, settings)
 
     assert decision.limited_by == "freshness"
-    assert decision.request_sizes == (4, 4, 2)  # floor(4 packs x 2.6)
-    assert requests_to_issue(replace(STATE, least_segments_per_pack=2.6), settings) == 3
+    assert decision.request_sizes == (4, 4, 4, 4, 4, 1)  # floor(8 packs x 2.7)
+    assert requests_to_issue(state, settings) == 6
+
+
+@pytest.mark.req("Q-16")
+def test_small_packs_of_late_do_not_leave_the_one_step_that_is_fresh_without_rollouts() -> None:
+    settings = replace(SETTINGS, version_window=0)  # only the coming step's claim is fresh: 2 packs a rank
+    state = replace(STATE, least_segments_per_pack=1.0)
+
+    assert decide_demand(state, settings).num_rollouts == 12  # 4 packs x 3, not x 1
+    one_ready = replace(state, ready_packs_per_rank=(1, 0), num_outstanding_rollouts=4)
+    assert decide_demand(one_ready, settings).num_rollouts == 5  # 3 packs x 3, 4 are under way
+    too_late = replace(state, generation_steps=2)
+    assert decide_demand(too_late, settings).num_rollouts == 0
 
 
 @pytest.mark.req("Q-16")
@@ -157,7 +170,7 @@ def test_settings_that_cannot_work_are_refused(name: str, value: object) -> None
 def test_states_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="negative number"):
         replace(STATE, num_outstanding_rollouts=-1)
-    with pytest.raises(ValueError, match="expected 0 < least <= mean"):
+    with pytest.raises(ValueError, match="expected 0 < least <= full"):
         replace(STATE, least_segments_per_pack=4.0)
     with pytest.raises(ValueError, match="got 2 ranks, expected 3"):
         requests_to_issue(STATE, replace(SETTINGS, world_size=3))
