@@ -83,21 +83,31 @@ class WeightTransfer:
         group = self._group(door)
         _start_update(door)
         try:
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                receiving = pool.submit(door.update_weights, update_message(buckets))
-                with self._sending:
-                    for row in tensors.rows(buckets):
-                        group.send(row.to(self.device) if group.transport == "nccl" else row)
-                receiving.result()
+            self._send(door, group, buckets, tensors)
+        except (OSError, SafetensorError) as exc:
+            raise RunStopped(f"published weights {weights_path}: not readable: {exc}") from exc
         except RolloutServerError:
-            # workers that still wait for rows must hear that none will come
-            self._leave(door)
             with suppress(RolloutServerError):
                 door.finish_weight_update()
             raise
         door.finish_weight_update()
         if problem := door.transfer_problem():
             raise ServerFailed(f"{door.base_url}: {problem}")
+
+    def _send(
+        self, door: VllmServer, group: ServerGroup, buckets: list[Bucket], tensors: _PublishedTensors
+    ) -> None:
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            receiving = pool.submit(door.update_weights, update_message(buckets))
+            try:
+                with self._sending:
+                    for row in tensors.rows(buckets):
+                        group.send(row.to(self.device) if group.transport == "nccl" else row)
+            except BaseException:
+                # workers that wait for the next row must hear that none will come
+                self._leave(door)
+                raise
+            receiving.result()
 
     def _group(self, door: VllmServer) -> ServerGroup:
         """Return the group with a server, a new one where it knows none of ours."""

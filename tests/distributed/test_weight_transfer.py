@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,11 +21,12 @@ from broker_schemas.errors import RunStopped, ServerFailed, ServerRefused, Serve
 from broker_schemas.vllm_http import TRANSFER_ENGINE, VllmServer
 from broker_schemas.weight_label import WeightLabel
 from broker_schemas.weight_sync import load_into_servers
-from learner.weight_transfer import WeightTransfer
+from learner.weight_transfer import WeightTransfer, _PublishedTensors
 from tests.vllm_fakes import FakeVllm
 
 c10d: Any = dist
 CPU = torch.device("cpu")
+TIMEOUT_S = 10.0
 
 
 class ReceivingVllm(FakeVllm):
@@ -128,7 +130,7 @@ def make_transfer() -> Iterator[Callable[..., WeightTransfer]]:
     made: list[WeightTransfer] = []
 
     def make(**settings: Any) -> WeightTransfer:
-        made.append(WeightTransfer(device=CPU, timeout_s=10.0, **settings))
+        made.append(WeightTransfer(device=CPU, timeout_s=TIMEOUT_S, **settings))
         return made[-1]
 
     yield make
@@ -274,6 +276,34 @@ def test_a_folder_of_ours_that_cannot_be_read_stops_the_run(
     with pytest.raises(RunStopped, match="not readable"):
         make_transfer()(server.door(), str(tmp_path))
     assert "/start_weight_update" not in server.log
+
+
+@pytest.mark.req("V-2", "Q-11")
+@pytest.mark.usefixtures("weights")
+def test_a_disk_that_fails_in_the_middle_stops_the_run_and_the_server_hears_of_it_at_once(
+    server: ReceivingVllm,
+    make_transfer: Callable[..., WeightTransfer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = []
+    read = _PublishedTensors._read
+
+    def fail_later(tensors: _PublishedTensors, name: str) -> torch.Tensor:
+        reads.append(name)
+        if len(reads) > 2:
+            raise OSError("input/output error")
+        return read(tensors, name)
+
+    monkeypatch.setattr(_PublishedTensors, "_read", fail_later)
+    started = time.monotonic()
+
+    with pytest.raises(RunStopped, match="input/output error"):
+        make_transfer(bucket_bytes=1)(server.door(), str(tmp_path))
+
+    assert server.num_rows == 2
+    assert server.problem is not None
+    assert time.monotonic() - started < TIMEOUT_S, "the worker waited for its deadline"
 
 
 @pytest.mark.req("V-2")
