@@ -25,7 +25,10 @@ class OpenStep:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """Counts are records unless said otherwise. ``counters`` are the running sums of the log."""
+    """Counts are records unless said otherwise. ``counters`` are the running sums of the log.
+
+    ``ready_versions`` are the policy versions of each rank's ready packs, where they were asked for.
+    """
 
     policy_version: int
     ready_depths: tuple[int, ...]
@@ -34,6 +37,7 @@ class RunStatus:
     open_claims: int
     counters: Mapping[str, int]
     open_step: OpenStep | None
+    ready_versions: tuple[tuple[int, ...], ...] = ()
 
     def total(self, name: str) -> int:
         """Return a running sum, 0 where nothing was counted yet."""
@@ -52,7 +56,7 @@ class RunStatus:
         return self.total("open_records") + self.segments_waiting
 
 
-def read_status(broker: Broker, world_size: int) -> RunStatus:
+def read_status(broker: Broker, world_size: int, *, with_ready_versions: bool = False) -> RunStatus:
     """Return the state of the run; raises BrokerError."""
     keys = broker.keys
     with broker_errors("reading the run's status"):
@@ -67,7 +71,10 @@ def read_status(broker: Broker, world_size: int) -> RunStatus:
         pipe.hgetall(keys.named("open_step"))
         for rank in range(world_size):
             pipe.xlen(keys.ready(rank))
-        version, segments, matched, claims, counters, open_step, *depths = pipe.execute()
+        for rank in range(world_size if with_ready_versions else 0):
+            pipe.xrange(keys.ready(rank))
+        version, segments, matched, claims, counters, open_step, *ready = pipe.execute()
+    depths, packs = ready[:world_size], ready[world_size:]
     return RunStatus(
         policy_version=int(version) if version is not None else -1,
         ready_depths=tuple(int(depth) for depth in depths),
@@ -78,4 +85,5 @@ def read_status(broker: Broker, world_size: int) -> RunStatus:
         open_step=OpenStep(**{name.decode(): int(value) for name, value in open_step.items()})
         if open_step
         else None,
+        ready_versions=tuple(tuple(int(fields[b"version"]) for _, fields in entries) for entries in packs),
     )

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from broker_schemas.freshness import oldest_allowed
+
 DemandLimit = Literal["aim", "freshness", "aim_reached", "freshness_reached"]
 
 
@@ -89,7 +91,7 @@ class DemandState:
     num_matched_segments: int
     """Matched and not yet in a pack."""
     ready_packs_per_rank: tuple[int, ...]
-    """Ready packs not yet claimed, for each rank; stale ones that the next claim drops left out."""
+    """Ready packs for each rank that the next claim can take; see `claimable_packs`."""
     segments_per_pack: float
     """Segments that fill a pack: a start value, then measured; decides how much is asked for."""
     least_segments_per_pack: float
@@ -217,6 +219,22 @@ def _one_step(state: DemandState, settings: DemandSettings) -> int:
     """Segments that fill the packs of one rollout step, as far as they are not ready."""
     missing = _missing_packs(state, settings.gradient_accumulation_steps)
     return math.ceil(missing * state.segments_per_pack)
+
+
+def claimable_packs(
+    ready_versions: tuple[tuple[int, ...], ...], next_claim_step: int, settings: DemandSettings
+) -> tuple[int, ...]:
+    """Return how many of each rank's ready packs are still fresh when the next rollout step claims them.
+
+    ``ready_versions`` are the policy versions of each rank's packs. Those that will be stale by then are no
+    supply: counted as such, they would leave that step short.
+    """
+    numerator, denominator = settings.b_ratio.numerator, settings.b_ratio.denominator
+    # step t is the k-th rollout step iff floor((t + 1) r) = k > floor(t r), that is t = ceil(k / r) - 1
+    next_one = next_claim_step * numerator // denominator + 1
+    claim_step = -(-next_one * denominator // numerator) - 1
+    oldest = oldest_allowed(claim_step // settings.sync_every_steps, settings.version_window)
+    return tuple(sum(version >= oldest for version in versions) for versions in ready_versions)
 
 
 def _missing_packs(state: DemandState, level: int) -> int:

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from broker_schemas.status import RunStatus
-from producers.demand import DemandState
+from producers.demand import DemandSettings, DemandState, claimable_packs
 
 NUM_RECENT = 16
 MAX_GENERATION_STEPS = 64
@@ -35,9 +35,10 @@ class DemandTracker:
         """Note that ``total_requested`` rollouts have been asked for by now."""
         self._issued.append((total_requested, optimizer_step))
 
-    def observe(self, status: RunStatus) -> DemandState:
-        """Return the demand state of ``status`` and learn from it."""
+    def observe(self, status: RunStatus, settings: DemandSettings) -> DemandState:
+        """Return the demand state of ``status``, which has ``ready_versions``, and learn from it."""
         optimizer_step = status.total("committed_steps")
+        is_step_decided = status.total("steps:A") + status.total("steps:B") > optimizer_step
         resolved = status.total("requested") - status.outstanding
         while self._issued and self._issued[0][0] <= resolved:
             _, asked_at = self._issued.popleft()
@@ -45,13 +46,14 @@ class DemandTracker:
         self._learn_pack_sizes(status)
         self._learn_lengths(status)
         full = self._segments_in_a_full_pack()
-        num_claims = status.total("steps:A") + status.total("steps:B")
         return DemandState(
             optimizer_step=optimizer_step,
-            is_step_decided=num_claims > optimizer_step,
+            is_step_decided=is_step_decided,
             num_outstanding_rollouts=max(0, status.outstanding),
             num_matched_segments=status.matched_waiting,
-            ready_packs_per_rank=status.ready_depths,
+            ready_packs_per_rank=claimable_packs(
+                status.ready_versions, optimizer_step + is_step_decided, settings
+            ),
             segments_per_pack=full,
             least_segments_per_pack=min([full, *self._per_pack]),
             generation_steps=self._generation_estimate(status),

@@ -74,7 +74,8 @@ class Dispatcher:
             self._leases_checked_at_s = now_s
             self._give_up_failed()
             self._run_again()
-        status = read_status(self._broker, self._settings.world_size)
+        demand = self._settings.demand
+        status = read_status(self._broker, self._settings.world_size, with_ready_versions=demand is not None)
         self._metrics.on_status(status.outstanding)
         if status.policy_version < 0:
             return 0
@@ -82,9 +83,10 @@ class Dispatcher:
         return self._issue(wanted, status) if wanted else 0
 
     def _wanted(self, status: RunStatus) -> int:
-        if self._settings.demand is None:
+        demand = self._settings.demand
+        if demand is None:
             return rollouts_for_open_step(status)
-        return decide_demand(self._tracker.observe(status), self._settings.demand).num_rollouts
+        return decide_demand(self._tracker.observe(status, demand), demand).num_rollouts
 
     def _issue(self, num_rollouts: int, status: RunStatus) -> int:
         settings = self._settings
