@@ -54,3 +54,11 @@ def pipeline(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> N
     from rollstream.bench_pipeline import run_pipeline_bench
 
     _report(run_pipeline_bench, seed, quick, as_json)
+
+
+@app.command()
+def rollout(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """Tokens a second of both rollout backends, and the time of a weight sync; starts vLLM servers."""
+    from rollstream.bench_rollout import run_rollout_bench
+
+    _report(run_rollout_bench, seed, quick, as_json)

@@ -144,6 +144,11 @@ def collation_settings(prompts: PromptBuilder, images: ImageProcessor) -> Collat
     )
 
 
+def has_ground_truth_steps(config: RunConfig) -> bool:
+    """Return whether a step can be A: by the schedule, or where a short queue makes it one."""
+    return config.b_ratio < 1 or config.variant == "stage2_async"
+
+
 def channel_a_source(config: RunConfig, prompts: PromptBuilder, images: ImageProcessor) -> ChannelASource:
     """Return the ground-truth segments of A steps."""
     augment = config.data.augment
@@ -252,7 +257,9 @@ def build_parts(
         ranks=ranks,
         sources=RowSources(
             broker=broker,
-            ground_truth=channel_a_source(config, prompts, images) if config.b_ratio < 1 else None,
+            ground_truth=channel_a_source(config, prompts, images)
+            if has_ground_truth_steps(config)
+            else None,
             pixels=ProcessorPixelSource(images),
             collation=collation_settings(prompts, images),
             positions_of=position_rule_of(model),

@@ -31,6 +31,20 @@ def test_stage2_async_trains_from_the_queue_and_balances(program: Program) -> No
     _look_at_it(program, folder.path, last)
 
 
+@pytest.mark.req("Q-7", "S-1")
+def test_where_every_step_is_scheduled_b_a_short_queue_still_makes_it_a_ground_truth_step(
+    program: Program,
+) -> None:
+    # nothing is ready when the first step is decided
+    folder = program.up(
+        "stage2_async/local.yaml", "all-b", *SMALL_STEP, "stage2_ab.schedule.b_ratio=1", steps=12
+    )
+    audit = program.audit(folder)
+    assert audit["balanced"]
+    first, *_ = sorted(ledger_of(folder).steps.values(), key=lambda step: step.optimizer_step)
+    assert (first.kind, first.reason) == ("A", "queue_short")
+
+
 def _look_at_it(program: Program, run: Path, step: StepHistory) -> None:
     """The commands that show a run find what the log says."""
     record_id = step.packs[0][3][0]

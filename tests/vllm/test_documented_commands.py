@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -89,3 +90,20 @@ def test_servers_and_stack_are_started_as_the_page_says(tmp_path: Path) -> None:
     rows = list(read_json_lines(RunFolder(tmp_path / "runs" / "stage2-async-vllm-local").train_log))
     assert len(rows) == 8
     assert "B" in {row["kind"] for row in rows}
+
+
+@pytest.mark.req("O-8")
+@pytest.mark.usefixtures("python_with_vllm")
+def test_the_bench_measures_both_backends_and_both_ways_of_a_sync(tmp_path: Path) -> None:
+    bench = start("rollstream bench rollout --quick --json", ROOT, tmp_path / "bench.log")
+    assert bench.wait(timeout=400) == 0, (tmp_path / "bench.log").read_text("utf-8")[-3000:]
+    said = (tmp_path / "bench.log").read_text("utf-8")
+    found = json.loads(said[said.rindex("\n{\n") :])
+    assert {name: list(rates) for name, rates in found["tokens_per_s"].items()} == {
+        "hf": ["8"],
+        "vllm": ["8"],
+    }
+    assert all(rate > 0 for rates in found["tokens_per_s"].values() for rate in rates.values())
+    (sync,) = found["syncs"]
+    assert sync["full_s"] > 0
+    assert sync["transfer_s"] > 0
