@@ -152,6 +152,7 @@ def vllm_config(stage: Stage, folder: Path, ports: list[int]) -> RunConfig:
     )
     mapping["custom"]["extra"]["rollout_matching"].update(
         rollout_backend="vllm",
+        max_new_tokens=480,
         vllm={
             "server": {"servers": [{"base_url": f"http://127.0.0.1:{port}"} for port in ports]},
             # such a server loads by path as well

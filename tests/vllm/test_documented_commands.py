@@ -18,6 +18,7 @@ from rollstream.scenes import make_scenes
 from tests.source_tree import ROOT
 from tests.vllm.conftest import START_TIMEOUT_S, free_port
 
+NUM_STEPS = 80
 METHOD = "custom.extra.rollout_matching"
 
 
@@ -68,7 +69,8 @@ def test_servers_and_stack_are_started_as_the_page_says(tmp_path: Path) -> None:
         "devices.learner_world_size=1",
         "training.effective_batch_size=4",
         "training.per_device_train_batch_size=2",
-        "training.max_steps=8",
+        # a server's first requests are slow, and the steps before their answers are ground-truth steps
+        f"training.max_steps={NUM_STEPS}",
         "stage2_ab.schedule.b_ratio=1",
         "stage2_async.sync_every_steps=2",
         "metrics.base_port=0",
@@ -88,7 +90,7 @@ def test_servers_and_stack_are_started_as_the_page_says(tmp_path: Path) -> None:
         serving.kill()
         serving.wait()
     rows = list(read_json_lines(RunFolder(tmp_path / "runs" / "stage2-async-vllm-local").train_log))
-    assert len(rows) == 8
+    assert len(rows) == NUM_STEPS
     assert "B" in {row["kind"] for row in rows}
 
 

@@ -21,6 +21,9 @@ from producers.hf_backend import HfBackend
 from producers.rollout_backend import DecodingSettings, Generation
 from tests.vllm.conftest import MakeBackend, RunningServers, Stage
 
+# long enough that a sync finds it in flight, however quick the machine
+LONG = DecodingSettings(max_new_tokens=400, temperature=1.0)
+
 
 def ids_of(generations: list[Generation]) -> list[list[int]]:
     return [generation.response_token_ids.tolist() for generation in generations]
@@ -93,7 +96,7 @@ def test_a_strict_sync_waits_for_rollouts_in_flight_and_they_keep_their_version(
     sync = sync_of(doors, real_broker)
     before, after = stage.publish(2), stage.publish(3)
     sync(2, before.weights_path)
-    backend = make_vllm(DecodingSettings(max_new_tokens=90, temperature=1.0))
+    backend = make_vllm(LONG)
     backend.follow(before)
     done: list[Generation] = []
     flight = threading.Thread(target=lambda: done.extend(backend.generate(stage.samples[:8], range(8))))
@@ -124,7 +127,7 @@ def test_a_kept_rollout_goes_on_with_the_new_weights_and_carries_its_lowest_vers
     sync = sync_of(doors, real_broker, "keep", transfer if way == "transfer" else load_by_path)
     before, after = stage.publish(2), stage.publish(3)
     sync(2, before.weights_path)
-    backend = make_vllm(DecodingSettings(max_new_tokens=90, temperature=1.0))
+    backend = make_vllm(LONG)
     backend.follow(before)
     done: list[Generation] = []
     flight = threading.Thread(target=lambda: done.extend(backend.generate(stage.samples[:8], range(8))))
