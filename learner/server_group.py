@@ -81,9 +81,13 @@ class ServerGroup:
             raise ServerFailed(f"{self.transport} group: a worker is gone: {exc}") from exc
 
     def close(self) -> None:
-        """Leave; workers that still wait get an error at once."""
-        with suppress(RuntimeError):
-            self._group.abort()
+        """Leave; workers that still wait get an error at once. Safe to call twice."""
+        group, self._group, self._store = self._group, None, None
+        if group is not None:
+            with suppress(RuntimeError):
+                group.abort()
+            # gloo's connections close with their last reference, not before: a peer would wait on
+            del group
 
 
 def _transport(door: VllmServer, device: torch.device) -> str:

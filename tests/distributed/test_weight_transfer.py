@@ -40,6 +40,7 @@ class ReceivingVllm(FakeVllm):
         self.transfer_engine: str | None = TRANSFER_ENGINE
         self.group_name = ""
         self.group: Any = None
+        self.store: Any = None
         self.is_updating = False
         self.stops_after: int | None = None
         self.problem: str | None = None
@@ -69,9 +70,13 @@ class ReceivingVllm(FakeVllm):
             return {"results": [self.problem]}
         return super()._control(path, request, body)
 
+    def leave(self) -> None:
+        group, self.group, self.store, self.group_name = self.group, None, None, ""
+        if group is not None:
+            group.abort()
+
     def _join(self, info: dict[str, Any]) -> None:
-        if self.group is not None:
-            self.group.abort()
+        self.leave()
         timeout = timedelta(seconds=info["timeout_s"])
         store = c10d.TCPStore(
             info["host"], info["port"], is_master=False, timeout=timeout, wait_for_workers=False
@@ -100,8 +105,7 @@ class ReceivingVllm(FakeVllm):
                     self.received[name] = row[offset:end].view(dtype).view(shape)
         except RuntimeError as exc:
             self.problem = f"receiving weights: {exc}"
-            self.group.abort()
-            self.group_name = ""
+            self.leave()
 
 
 @contextmanager
@@ -121,8 +125,7 @@ def server() -> Iterator[ReceivingVllm]:
     with listening() as base_url:
         made = ReceivingVllm(base_url)
         yield made
-        if made.group is not None:
-            made.group.abort()
+        made.leave()
 
 
 @pytest.fixture
@@ -186,8 +189,8 @@ def test_the_group_is_kept_from_sync_to_sync_and_formed_again_after_a_restart(
     assert server.group_name == first
 
     # a new process knows no group
-    server.group.abort()
-    server.group, server.group_name, server.received = None, "", {}
+    server.leave()
+    server.received = {}
     transfer(server.door(), str(tmp_path))
 
     assert server.group_name not in ("", first)
@@ -200,8 +203,10 @@ def test_a_worker_that_leaves_in_the_middle_is_an_error_at_once_or_the_folder_is
     server: ReceivingVllm, make_transfer: Callable[..., WeightTransfer], tmp_path: Path
 ) -> None:
     server.stops_after = 1
+    started = time.monotonic()
     with pytest.raises(ServerFailed, match="a worker is gone|cannot load what came"):
         make_transfer(bucket_bytes=1, fallback=False)(server.door(), str(tmp_path))
+    assert time.monotonic() - started < TIMEOUT_S, "we waited for our deadline"
     assert not server.is_updating, "half an update must not meet the next"
     assert "/collective_rpc load_published_weights" not in str(server.log)
 

@@ -92,6 +92,8 @@ class GroupReceiver(WeightTransferEngine[JoinGroup, ReceiveBuckets]):
         group, self._group, self._store, self.group_name = self._group, None, None, ""
         if group is not None:
             group.abort()
+            # gloo's connections close with their last reference, not before: the learner would wait on
+            del group
 
     def _attempt(self, what: str, act: Callable[[], None]) -> None:
         try:
