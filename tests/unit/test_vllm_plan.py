@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from broker_schemas.errors import ConfigError, DataError
-from broker_schemas.vllm_http import LOADER_CLASS
+from broker_schemas.vllm_http import LOADER_CLASS, TRANSFER_ENGINE
 from configs import RunConfig
 from rollstream.serve_vllm import vllm_python
 from rollstream.tiny_model import make_tiny_model
@@ -80,7 +80,10 @@ def test_the_worker_extension_is_where_servers_look_for_it() -> None:
     module, _, name = LOADER_CLASS.rpartition(".")
 
     assert f"class {name}:" in (EXTENSION_DIR / f"{module}.py").read_text()
-    assert [path.name for path in EXTENSION_DIR.glob("*.py")] == [f"{module}.py"]
+    assert sorted(path.name for path in EXTENSION_DIR.glob("*.py")) == [
+        "rollstream_vllm_transfer.py",
+        f"{module}.py",
+    ]
 
 
 @pytest.mark.req("V-5")
@@ -171,3 +174,20 @@ def test_a_server_alone_listens_on_this_machine_only(model: Path) -> None:
 
 def test_the_interpreter_of_the_environment_variable_comes_first() -> None:
     assert vllm_python({"ROLLSTREAM_VLLM_PYTHON": "/opt/vllm/bin/python"}) == Path("/opt/vllm/bin/python")
+
+
+@pytest.mark.req("V-2")
+def test_servers_take_transfers_only_where_the_learner_sends_them(tmp_path: Path, model: Path) -> None:
+    mapping = make_mapping()
+    servers = [{"base_url": "http://127.0.0.1:8000"}]
+    sync = {"mode": "transfer", "fallback_to_full": False}
+    mapping["custom"]["extra"]["rollout_matching"].update(
+        rollout_backend="vllm", vllm={"server": {"servers": servers}, "sync": sync}
+    )
+
+    (sent,) = plan_servers(load_mapping(tmp_path, mapping), model, ServeOptions())
+    (by_path,) = plan_servers(config_of(tmp_path, "http://127.0.0.1:8000"), model, ServeOptions())
+
+    assert json.loads(flag(sent, "--weight-transfer-config")) == {"backend": TRANSFER_ENGINE}
+    assert "--weight-transfer-config" not in by_path.flags
+    assert (EXTENSION_DIR / "rollstream_vllm_worker.py").read_text("utf-8").count(f'"{TRANSFER_ENGINE}"') == 1
