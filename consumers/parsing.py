@@ -23,8 +23,8 @@ from consumers.validation import Geometry, parse_json, validate_object
 
 END_TOKEN: Final = "<|im_end|>"
 _END_BYTES: Final = END_TOKEN.encode()
-_SEPARATOR: Final = re.compile(rb"[ \t\n\r]*+,[ \t\n\r]*+")
-_SPACE: Final = re.compile(rb"[ \t\n\r]*+")
+_SEPARATOR: Final = re.compile(rb"[ \t\n\r]*,[ \t\n\r]*")
+_SPACE: Final = re.compile(rb"[ \t\n\r]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,15 +16,17 @@ MAX_NUMBER_DIGITS: Final = 1000
 NUMBER_TOO_LARGE: Final = 10**MAX_NUMBER_DIGITS
 
 _BRACE_OPEN, _BRACE_CLOSE, _BRACKET_OPEN, _BRACKET_CLOSE = b"{}[]"
-_STRING: Final = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+# No possessive quantifiers: before Python 3.11.4 a group repeated so keeps what its own lookahead forbids.
+# Nothing here can match the same bytes in two ways, so going back costs no more than the bytes once again.
+_STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 # Strings joined by commas are one lexeme, because only a string before a colon matters and it always comes
 # first. A quote that starts no closed string matches alone: everything after it lies inside that string.
 _LEXEME: Final = re.compile(
-    rb"%b(?:[ \t\n\r]*+,[ \t\n\r]*+%b(?![ \t\n\r]*+:))*+|[\"{}\[\]]" % (_STRING, _STRING), re.DOTALL
+    rb"%b(?:[ \t\n\r]*,[ \t\n\r]*%b(?![ \t\n\r]*:))*|[\"{}\[\]]" % (_STRING, _STRING), re.DOTALL
 )
-_KEY: Final = re.compile(rb"(%b)[ \t\n\r]*+:[ \t\n\r]*+" % _STRING, re.DOTALL)
-_GEOMETRY_LIST: Final = re.compile(rb'"(?:bbox_2d|poly)"[ \t\n\r]*+:[ \t\n\r]*+(?=\[)')
-_OBJECT_KEY: Final = re.compile(rb"object_([0-9]++)")
+_KEY: Final = re.compile(rb"(%b)[ \t\n\r]*:[ \t\n\r]*" % _STRING, re.DOTALL)
+_GEOMETRY_LIST: Final = re.compile(rb'"(?:bbox_2d|poly)"[ \t\n\r]*:[ \t\n\r]*(?=\[)')
+_OBJECT_KEY: Final = re.compile(rb"object_([0-9]+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

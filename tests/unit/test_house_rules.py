@@ -55,6 +55,7 @@ UNPICKLERS: Final = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "job
 # a test that pickles to prove that nobody unpickles
 ATTACKS: Final = {"tests/contract/test_rollout_jobs.py"}
 NAMELESS: Final = {"utils", "util", "misc", "helpers", "helper", "common", "manager"}
+POSSESSIVE: Final = re.compile(r"[])\w][*+?]\+|\}\+|\(\?>")
 METRICS: Final = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
 METRIC_UNITS: Final = (
     *("total", "seconds", "bytes", "ratio", "tokens", "segments", "packs", "steps", "versions", "rollouts"),
@@ -322,3 +323,16 @@ def test_metrics_are_declared_on_a_registry_that_is_passed_in() -> None:
         and not any(keyword.arg == "registry" for keyword in call.keywords)
     )
     assert not offences, offences
+
+
+def test_no_regular_expression_relies_on_what_early_python_3_11_gets_wrong() -> None:
+    offences = listed(
+        f"{file.path}:{call.lineno} {ast.unparse(argument)[:60]}"
+        for file in python_files(*PACKAGES)
+        for name, call in file.calls()
+        if name.startswith("re.")
+        for argument in call.args[:1]
+        for literal in ast.walk(argument)
+        if isinstance(literal, ast.Constant) and POSSESSIVE.search(str(literal.value))
+    )
+    assert not offences, f"possessive or atomic groups match wrongly before Python 3.11.4:\n{offences}"
