@@ -20,6 +20,10 @@ if [ -f "$MARK" ]; then
   exit 0
 fi
 
+if [[ "$(PATH="$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null)" != *libnuma.so.1* ]]; then
+  echo "install_vllm: no libnuma.so.1, which vLLM's CPU build is linked to; install it (Debian: libnuma1)" >&2
+  exit 1
+fi
 if [ -z "${PYTHON:-}" ]; then
   PYTHON="$(command -v python3.11 || command -v python3)"
 fi
