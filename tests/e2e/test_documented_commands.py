@@ -50,6 +50,9 @@ SHORTER: Final = {
         "--set training.max_steps=1 --set training.warmup_steps=0 --set training.eval_num_samples=2"
     ),
     "rollstream sweep CONFIG": "--grid grid.yaml --steps 2",
+    "rollstream sweep configs/demo.yaml --steps 60 --set devices.learner_world_size=1": (
+        "--grid grid.yaml --steps 2 --output runs/sweep-alone"
+    ),
 }
 SMALL: Final = {
     "extends": "shipped_demo.yaml",
