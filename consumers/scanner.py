@@ -16,7 +16,7 @@ MAX_NUMBER_DIGITS: Final = 1000
 NUMBER_TOO_LARGE: Final = 10**MAX_NUMBER_DIGITS
 
 _BRACE_OPEN, _BRACE_CLOSE, _BRACKET_OPEN, _BRACKET_CLOSE = b"{}[]"
-# No possessive quantifiers: before Python 3.11.4 a group repeated so keeps what its own lookahead forbids.
+# No possessive quantifiers: in Python 3.11.2 a group repeated so keeps what its own lookahead forbids.
 # Nothing here can match the same bytes in two ways, so going back costs no more than the bytes once again.
 _STRING: Final = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 # Strings joined by commas are one lexeme, because only a string before a colon matters and it always comes

