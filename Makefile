@@ -57,7 +57,7 @@ check: $(STAMP)
 
 # CONFIG is the run that the containers make; REDIS_PASSWORD and the other variables of the compose file pass through
 up:
-	@$(COMPOSE) version >/dev/null 2>&1 || { echo "make up: no Docker with compose here; without it: rollstream up CONFIG"; exit 2; }
+	@$(COMPOSE) ps >/dev/null 2>&1 || { echo "make up: no running Docker engine with compose here; without it: rollstream up CONFIG"; exit 2; }
 	@$(if $(CONFIG),RUN_CONFIG=$(CONFIG)) $(COMPOSE) up --build --detach $(ARGS)
 	@echo "dashboards: http://localhost:$${GRAFANA_PORT:-3000}   queries: http://localhost:$${PROMETHEUS_PORT:-9090}"
 	@echo "health: $(COMPOSE) ps   logs: $(COMPOSE) logs -f learner   stop: make down"
