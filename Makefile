@@ -78,7 +78,7 @@ assets: $(STAMP)
 	@set -e; commands=("rollstream data scenes data/scenes" "rollstream model tiny models/scenes_tiny" \
 	  "rollstream learn $(WARM_CONFIG)"); \
 	for command in "$${commands[@]}"; do echo "$$command"; $(BIN)/$$command; done; \
-	$(BIN)/python -m rollstream.shipped_checkpoint $(WARM_CONFIG) rollstream/assets/scenes_tiny "$${commands[@]}"
+	$(BIN)/python -m rollstream.models.shipped_checkpoint $(WARM_CONFIG) rollstream/assets/scenes_tiny "$${commands[@]}"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, cast
 
-from broker_schemas.broker import Broker
-from broker_schemas.codec import MAX_RECORD_BYTES
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.payloads import fetch_segments
+from broker_schemas.broker.policy import read_policy
 from broker_schemas.errors import BrokerFull, DeadlinePassed
-from broker_schemas.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.packs import ReadyPack
-from broker_schemas.payloads import fetch_segments
-from broker_schemas.policy import read_policy
-from broker_schemas.records import MatchedSegment, SegmentRecord
+from broker_schemas.records.codec import MAX_RECORD_BYTES
+from broker_schemas.records.packs import ReadyPack
+from broker_schemas.records.records import MatchedSegment, SegmentRecord
 
 _LINE_BREAKERS: Final = str.maketrans("\t\n", "  ")
 PushStatus = Literal["ok", "duplicate", "late", "too_large", "bad_id"]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch.utils.data import IterableDataset
 
 from broker_schemas.client import PackFeed
-from broker_schemas.packs import ReadyPack
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.packs import ReadyPack
+from broker_schemas.records.records import MatchedSegment
 
 FeedItem = tuple[ReadyPack, list[MatchedSegment]]
 

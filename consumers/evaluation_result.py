@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_schemas.body_fields import BodyReader
 from broker_schemas.errors import MalformedRecord
-from broker_schemas.records import (
+from broker_schemas.records.body_fields import BodyReader
+from broker_schemas.records.records import (
     MAX_ID_CHARS,
     NOT_STEP_BOUND,
     GroundTruthObject,

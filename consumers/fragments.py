@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_schemas.records import GroundTruthObject
-from broker_schemas.sample_format.coordinates import CoordVocabulary
-from broker_schemas.sample_format.payload import RenderedEntries, render_entries
+from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.method.payload import RenderedEntries, render_entries
+from broker_schemas.records.records import GroundTruthObject
 from consumers.parsing import ParsedRollout
 from consumers.token_bytes import backend_of, token_bytes_of
 

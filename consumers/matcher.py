@@ -9,13 +9,13 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from broker_schemas import codec
+from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
+from broker_schemas.broker.policy import PublishedPolicy, read_policy
+from broker_schemas.broker.role_loop import keep_stepping
 from broker_schemas.errors import MalformedRecord, RecordError
-from broker_schemas.freshness import oldest_allowed
-from broker_schemas.matcher_door import MatcherDoor, MatchVerdict, RawEntry
-from broker_schemas.policy import PublishedPolicy, read_policy
-from broker_schemas.records import SegmentRecord
-from broker_schemas.role_loop import keep_stepping
+from broker_schemas.records import codec
+from broker_schemas.records.freshness import oldest_allowed
+from broker_schemas.records.records import SegmentRecord
 from consumers.metrics import MatcherMetrics
 from consumers.record_matching import MatcherTools, MatchOutcome, ParseFailure, match_record
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_schemas.sample_format.coordinates import CoordVocabulary
+from broker_schemas.method.coordinates import CoordVocabulary
 from consumers.scanner import NUMBER_TOO_LARGE, ObjectEntry, Scan, opening_offset, scan_payload
 from consumers.token_bytes import TokenBytes, UnspeakableText, token_bytes_of
 from consumers.validation import Geometry, parse_json, validate_object

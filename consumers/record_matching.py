@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from broker_schemas.errors import DataError, RecordError
-from broker_schemas.records import GroundTruthObject, MatchedSegment, SegmentRecord
-from broker_schemas.sample_format.coordinates import CoordVocabulary
+from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.records.records import GroundTruthObject, MatchedSegment, SegmentRecord
 from consumers.evaluation_result import EvaluationResult, evaluate_rollout
 from consumers.fragments import FragmentNotEncoded
 from consumers.matching import MatchResult, MatchSettings, match_objects

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_schemas.records import MatchedSegment, SegmentRecord
-from broker_schemas.sample_format.coordinates import CoordVocabulary
+from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.records.records import MatchedSegment, SegmentRecord
 from consumers.fragments import Fragment, encode_fragment
 from consumers.matching import MatchResult
 from consumers.parsing import ParsedRollout

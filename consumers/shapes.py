@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from broker_schemas.sample_format.coordinates import LARGEST_BIN
+from broker_schemas.method.coordinates import LARGEST_BIN
 
 
 class Shape(Protocol):

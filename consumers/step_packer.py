@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
+from broker_schemas.broker.role_loop import keep_stepping
+from broker_schemas.broker.status import OpenStep, read_status
 from broker_schemas.errors import RunStopped
-from broker_schemas.packer_door import PackerDoor, PendingDescriptor, PlannedPack
-from broker_schemas.packs import ReadyPack
-from broker_schemas.role_loop import keep_stepping
-from broker_schemas.status import OpenStep, read_status
+from broker_schemas.records.packs import ReadyPack
 from consumers.metrics import PackerMetrics
 from consumers.packing import PackingError
 from consumers.step_plans import StepPlan

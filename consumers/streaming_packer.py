@@ -7,12 +7,12 @@ import threading
 import time
 from dataclasses import dataclass
 
+from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
+from broker_schemas.broker.policy import read_policy
+from broker_schemas.broker.role_loop import keep_stepping
 from broker_schemas.errors import BrokerError
-from broker_schemas.freshness import oldest_allowed
-from broker_schemas.packer_door import PackerDoor, PendingDescriptor, PlannedPack
-from broker_schemas.packs import ReadyPack
-from broker_schemas.policy import read_policy
-from broker_schemas.role_loop import keep_stepping
+from broker_schemas.records.freshness import oldest_allowed
+from broker_schemas.records.packs import ReadyPack
 from consumers.metrics import PackerMetrics
 from consumers.pack_buffer import BufferedSegment, PackBuffer, PackBufferSettings, PackChoice, Urgency
 from consumers.packing import OversizedSegment

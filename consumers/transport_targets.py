@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_schemas.sample_format.coordinates import LARGEST_BIN
+from broker_schemas.method.coordinates import LARGEST_BIN
 from consumers.boundaries import Boundary, boundary_of
 from consumers.shapes import Shape
 from consumers.sinkhorn import barycentric_images

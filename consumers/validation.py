@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from broker_schemas.sample_format.coordinates import coordinate_token
+from broker_schemas.method.coordinates import coordinate_token
 
 Geometry = Literal["bbox_2d", "poly"]
 DropReason = Literal[

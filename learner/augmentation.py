@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_schemas.records import GroundTruthObject
-from broker_schemas.sample_format.coordinates import LARGEST_BIN, bin_from_pixels, pixels_from_bin
-from broker_schemas.sample_format.polygon import canonical_polygon
+from broker_schemas.method.coordinates import LARGEST_BIN, bin_from_pixels, pixels_from_bin
+from broker_schemas.method.polygon import canonical_polygon
+from broker_schemas.records.records import GroundTruthObject
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from broker_schemas.sample_format.coordinates import NUM_BINS
+from broker_schemas.method.coordinates import NUM_BINS
 
 _CANVAS: Final = NUM_BINS
 ANY_CLASS: Final = "object"

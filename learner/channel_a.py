@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from broker_schemas.errors import DataError
-from broker_schemas.records import GroundTruthObject, ImageReference, MatchedSegment
-from broker_schemas.sample_format.dataset import Ordering, Sample, order_objects
-from broker_schemas.sample_format.images import ImageProcessor, open_image
-from broker_schemas.sample_format.payload import render_payload
-from broker_schemas.sample_format.prompt import PromptBuilder
+from broker_schemas.method.dataset import Ordering, Sample, order_objects
+from broker_schemas.method.images import ImageProcessor, open_image
+from broker_schemas.method.payload import render_payload
+from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.records.records import GroundTruthObject, ImageReference, MatchedSegment
 from learner.augmentation import AugmentationSettings, draw_transform, move_object
 from learner.collation import SegmentPixels
 from learner.dataset_positions import sample_indices

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from broker_schemas.errors import DataError
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.records import MatchedSegment
 from learner.supervision import RowSupervision, supervise_row
 
 PositionRule = Callable[[Tensor, Tensor, Tensor | None], Tensor]

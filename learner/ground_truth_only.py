@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from broker_schemas.errors import RunStopped
-from broker_schemas.packs import StepClaim
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.records import MatchedSegment
 
 
 class GroundTruthOnlyBroker:

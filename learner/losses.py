@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from broker_schemas.errors import DataError, NonFiniteLoss
-from broker_schemas.records import MatchedSegment
-from broker_schemas.sample_format.coordinates import NUM_BINS
+from broker_schemas.method.coordinates import NUM_BINS
+from broker_schemas.records.records import MatchedSegment
 from learner.supervision import RowSupervision, supervise_row
 
 

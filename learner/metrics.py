@@ -6,7 +6,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from broker_schemas.packs import StepClaim
+from broker_schemas.records.packs import StepClaim
 from learner.step_report import LogRow, RankPart
 
 _SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
 from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
-from broker_schemas.packs import StepClaim
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.records import MatchedSegment
 from learner.ports import LearnerBroker
 
 AWAY_SHARE: Final = 0.8

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from broker_schemas.records import ImageReference
-from broker_schemas.sample_format.images import ImageProcessor
+from broker_schemas.method.images import ImageProcessor
+from broker_schemas.records.records import ImageReference
 from learner.collation import SegmentPixels
 
 

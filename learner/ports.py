@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from broker_schemas.packs import StepClaim
-from broker_schemas.records import ImageReference, MatchedSegment
+from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import SegmentPixels
 
 Evaluate = Callable[[Any, int], dict[str, float]]

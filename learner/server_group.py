@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from broker_schemas.errors import ServerFailed, ServerUnavailable
-from broker_schemas.vllm_http import VllmServer
+from broker_schemas.rollout_servers.vllm_http import VllmServer
 
 LOOK_EVERY_S: Final = 0.005
 # torch's own annotations leave out half of what is used here

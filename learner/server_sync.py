@@ -14,10 +14,10 @@ from broker_schemas.errors import (
     RunStopped,
     ServerUnavailable,
 )
-from broker_schemas.server_lock import HoldServer
-from broker_schemas.vllm_http import PauseMode, VllmServer
-from broker_schemas.weight_label import WeightLabel
-from broker_schemas.weight_sync import load_by_path, load_into_servers
+from broker_schemas.rollout_servers.server_lock import HoldServer
+from broker_schemas.rollout_servers.vllm_http import PauseMode, VllmServer
+from broker_schemas.rollout_servers.weight_label import WeightLabel
+from broker_schemas.rollout_servers.weight_sync import load_by_path, load_into_servers
 
 LOG = logging.getLogger("rollstream.learner")
 LOOK_EVERY_S = 1.0

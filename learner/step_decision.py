@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final, Literal
 
 from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
-from broker_schemas.packs import StepClaim
+from broker_schemas.records.packs import StepClaim
 from learner.distributed import Ranks
 from learner.patient_broker import broker_away
 from learner.ports import LearnerBroker

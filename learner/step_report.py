@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from broker_schemas.packs import StepClaim
+from broker_schemas.records.packs import StepClaim
 from learner.step_rows import LoadedRow
 from learner.train_step import LossSums, StepUpdate
 

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from broker_schemas.errors import DataError
-from broker_schemas.packs import ReadyPack, StepClaim
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.records import MatchedSegment
 from learner.collation import CollationSettings, PackedRow, PositionRule, collate_row
 from learner.dataset_positions import plan_rows, share_of_rank
 from learner.ports import GroundTruthSource, LearnerBroker, PixelSource

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.records import MatchedSegment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from broker_schemas.packs import StepClaim
+from broker_schemas.records.packs import StepClaim
 from learner import weights
 from learner.checkpoints import TrainerState
 from learner.collation import PackedRow

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from broker_schemas.errors import RolloutServerError, RunStopped, ServerFailed, ServerUnavailable
-from broker_schemas.vllm_http import VllmServer
+from broker_schemas.rollout_servers.vllm_http import VllmServer
 from learner.server_group import ServerGroup
 from learner.transfer_plan import Bucket, TensorPlace, plan_buckets, update_message
 

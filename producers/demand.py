@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from broker_schemas.freshness import oldest_allowed
+from broker_schemas.records.freshness import oldest_allowed
 
 DemandLimit = Literal["aim", "freshness", "aim_reached", "freshness_reached"]
 

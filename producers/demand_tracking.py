@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from broker_schemas.status import RunStatus
+from broker_schemas.broker.status import RunStatus
 from producers.demand import DemandSettings, DemandState, claimable_packs
 
 NUM_RECENT = 16

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 
 from rq import Queue
 
-from broker_schemas.broker import Broker
-from broker_schemas.records import NOT_STEP_BOUND
-from broker_schemas.role_loop import keep_stepping
-from broker_schemas.rollout_requests import (
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.role_loop import keep_stepping
+from broker_schemas.broker.rollout_requests import (
     LeaseSettings,
     RolloutRequest,
     fail_request,
@@ -21,7 +20,8 @@ from broker_schemas.rollout_requests import (
     read_cursor,
     reissue_expired,
 )
-from broker_schemas.status import RunStatus, read_status
+from broker_schemas.broker.status import RunStatus, read_status
+from broker_schemas.records.records import NOT_STEP_BOUND
 from producers.demand import DemandSettings, decide_demand
 from producers.demand_tracking import DemandTracker
 from producers.jobs import enqueue_request, failed_requests

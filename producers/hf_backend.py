@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import DataError
-from broker_schemas.policy import PublishedPolicy
-from broker_schemas.sample_format.dataset import Sample
-from broker_schemas.sample_format.images import ImageProcessor
-from broker_schemas.sample_format.model_folder import load_policy
-from broker_schemas.sample_format.prompt import PromptBuilder
+from broker_schemas.method.dataset import Sample
+from broker_schemas.method.images import ImageProcessor
+from broker_schemas.method.model_folder import load_policy
+from broker_schemas.method.prompt import PromptBuilder
 from producers.rollout_backend import DecodingSettings, Generation
 
 

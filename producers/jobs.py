@@ -12,9 +12,9 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from broker_schemas.connection import broker_errors
+from broker_schemas.broker.connection import broker_errors
+from broker_schemas.broker.rollout_requests import RolloutRequest
 from broker_schemas.errors import MalformedRecord
-from broker_schemas.rollout_requests import RolloutRequest
 from producers.producer import Producer
 
 JOB_FUNCTION: Final = "producers.jobs.run_request"

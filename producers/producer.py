@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.policy import read_policy
+from broker_schemas.broker.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerError, DeadlinePassed, RollstreamError
-from broker_schemas.policy import read_policy
-from broker_schemas.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
-from broker_schemas.sample_format.dataset import Sample
+from broker_schemas.method.dataset import Sample
 from producers.metrics import ProducerMetrics
 from producers.record_building import build_records
 from producers.rollout_backend import RolloutBackend

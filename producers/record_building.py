@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker_schemas.records import ImageReference, SegmentRecord
-from broker_schemas.rollout_requests import RolloutRequest
-from broker_schemas.sample_format.dataset import Sample
+from broker_schemas.broker.rollout_requests import RolloutRequest
+from broker_schemas.method.dataset import Sample
+from broker_schemas.records.records import ImageReference, SegmentRecord
 from producers.rollout_backend import Generation
 
 

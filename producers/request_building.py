@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from broker_schemas.records import NOT_STEP_BOUND
-from broker_schemas.rollout_requests import RolloutRequest
-from broker_schemas.sample_format.sampling import rollout_seed, sample_at
+from broker_schemas.broker.rollout_requests import RolloutRequest
+from broker_schemas.method.sampling import rollout_seed, sample_at
+from broker_schemas.records.records import NOT_STEP_BOUND
 
 
 def build_requests(

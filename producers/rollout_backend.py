@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_schemas.policy import PublishedPolicy
-from broker_schemas.sample_format.dataset import Sample
+from broker_schemas.broker.policy import PublishedPolicy
+from broker_schemas.method.dataset import Sample
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker_schemas.status import RunStatus
+from broker_schemas.broker.status import RunStatus
 
 
 def rollouts_for_open_step(status: RunStatus) -> int:

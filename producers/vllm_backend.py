@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
+from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import ServerUnavailable
-from broker_schemas.policy import PublishedPolicy
-from broker_schemas.sample_format.dataset import Sample
-from broker_schemas.sample_format.images import ImageProcessor
-from broker_schemas.sample_format.prompt import PromptBuilder
-from broker_schemas.vllm_http import CHAT_PATH, GENERATE_PATH
-from broker_schemas.weight_label import WeightLabel, parse_label
+from broker_schemas.method.dataset import Sample
+from broker_schemas.method.images import ImageProcessor
+from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.rollout_servers.vllm_http import CHAT_PATH, GENERATE_PATH
+from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
 from producers.chunking import slice_requests
 from producers.rollout_backend import DecodingSettings, Generation
 from producers.vllm_client import RetrySettings, send_batch

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_schemas.errors import PromptMismatch, ServerFailed, ServerRefused
-from broker_schemas.weight_label import WeightLabel, parse_label
+from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
 from producers.rollout_backend import DecodingSettings, Generation
 
 Dialect = Literal["tokens", "chat"]

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import RolloutServerError, ServerRefused, ServerUnavailable
-from broker_schemas.policy import PublishedPolicy
-from broker_schemas.server_lock import HoldServer
-from broker_schemas.vllm_http import PauseMode, VllmServer
-from broker_schemas.weight_label import WeightLabel, parse_label
-from broker_schemas.weight_sync import load_into_servers
+from broker_schemas.rollout_servers.server_lock import HoldServer
+from broker_schemas.rollout_servers.vllm_http import PauseMode, VllmServer
+from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
+from broker_schemas.rollout_servers.weight_sync import load_into_servers
 from producers.vllm_requests import Dialect
 
 LOG = logging.getLogger("rollstream.producer")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from broker_schemas.broker.keys import RunKeys
 from broker_schemas.errors import ConfigError
-from broker_schemas.keys import RunKeys
 
 Role = Literal["dispatcher", "producer", "matcher", "packer", "learner", "archive", "exporter", "operator"]
 ROLES: Final[tuple[Role, ...]] = (

@@ -14,9 +14,9 @@ import fakeredis
 import pytest
 import redis
 
-from broker_schemas.broker import Broker
-from broker_schemas.connection import BrokerAddress
-from broker_schemas.keys import RunKeys
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.keys import RunKeys
 
 _RUN_NUMBERS = itertools.count()
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from broker_schemas.records import GroundTruthObject, ImageReference, MatchedSegment, SegmentRecord
-from rollstream.inspect_view import InspectedObject, Inspection
+from broker_schemas.records.records import GroundTruthObject, ImageReference, MatchedSegment, SegmentRecord
+from rollstream.show.inspect_view import InspectedObject, Inspection
 
 FIRST_COORD_ID = 1000
 PIECES = (

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from broker_schemas.records import Channel, ImageReference, MatchedSegment
+from broker_schemas.records.records import Channel, ImageReference, MatchedSegment
 from learner.collation import CollationSettings, SegmentPixels
 
 IMAGE_TOKEN_ID = 100

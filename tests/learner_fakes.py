@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from broker_schemas.packs import ReadyPack, StepClaim
-from broker_schemas.records import ImageReference, MatchedSegment
+from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import SegmentPixels
 from tests.learner_builders import make_pixels, make_segment
 

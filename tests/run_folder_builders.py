@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from PIL import Image, ImageDraw
 
-from broker_schemas.sample_format.coordinates import coordinate_token
+from broker_schemas.method.coordinates import coordinate_token
 from rollstream.run_folder import RunFolder
 
 START_MS = 1_790_000_000_000

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from broker_schemas.records import GroundTruthObject, ImageReference, SegmentRecord
-from broker_schemas.sample_format.payload import render_payload
+from broker_schemas.method.payload import render_payload
+from broker_schemas.records.records import GroundTruthObject, ImageReference, SegmentRecord
 from consumers.record_matching import MatcherTools
 from tests.tokenizer_builders import encode, make_box, plain_tokenizer
 

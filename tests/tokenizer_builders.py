@@ -7,9 +7,9 @@ from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from broker_schemas.records import GroundTruthObject
-from broker_schemas.sample_format.coordinates import NUM_BINS, CoordVocabulary, coordinate_token
-from broker_schemas.sample_format.payload import render_payload
+from broker_schemas.method.coordinates import NUM_BINS, CoordVocabulary, coordinate_token
+from broker_schemas.method.payload import render_payload
+from broker_schemas.records.records import GroundTruthObject
 
 DESCRIPTIONS = (
     "WBC",

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from broker_schemas.vllm_http import GENERATE_PATH, LOADER, LOADER_CLASS, VllmServer
+from broker_schemas.rollout_servers.vllm_http import GENERATE_PATH, LOADER, LOADER_CLASS, VllmServer
 
 END_ID = 603
 Fault = Callable[[httpx.Request], httpx.Response | None]

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.policy import read_policy
 from broker_schemas.client import SegmentSink
-from broker_schemas.connection import BrokerAddress
-from broker_schemas.policy import read_policy
-from broker_schemas.records import GroundTruthObject, ImageReference, SegmentRecord
+from broker_schemas.records.records import GroundTruthObject, ImageReference, SegmentRecord
 
 BATCH = 8
 

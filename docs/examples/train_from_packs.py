@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.policy import publish_policy
 from broker_schemas.client import PackFeed
-from broker_schemas.connection import BrokerAddress
-from broker_schemas.policy import publish_policy
 
 
 def train(broker: Broker, model: nn.Module, *, num_steps: int, packs_per_step: int = 2) -> list[float]:

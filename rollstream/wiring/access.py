@@ -11,13 +11,13 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from broker_schemas.broker import Broker
-from broker_schemas.connection import BrokerAddress
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
 from broker_schemas.errors import ConfigError
-from broker_schemas.sample_format.dataset import Sample, read_dataset
-from broker_schemas.sample_format.images import ImageProcessor
-from broker_schemas.sample_format.model_folder import resolve_model_dir
-from broker_schemas.sample_format.prompt import PromptBuilder
+from broker_schemas.method.dataset import Sample, read_dataset
+from broker_schemas.method.images import ImageProcessor
+from broker_schemas.method.model_folder import resolve_model_dir
+from broker_schemas.method.prompt import PromptBuilder
 from configs import RunConfig
 from rollstream.run_folder import RunFolder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker_schemas.rollout_requests import LeaseSettings
+from broker_schemas.broker.rollout_requests import LeaseSettings
 from configs import RunConfig
 from producers.demand import DemandSettings
 from producers.dispatcher import Dispatcher, DispatcherSettings

@@ -10,13 +10,13 @@ from typing import Any, Final
 
 import torch
 
-from broker_schemas.broker import Broker
-from broker_schemas.connection import open_redis
-from broker_schemas.keys import RunKeys
-from broker_schemas.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.sample_format.images import ImageProcessor
-from broker_schemas.sample_format.model_folder import load_policy
-from broker_schemas.sample_format.prompt import PromptBuilder
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import open_redis
+from broker_schemas.broker.keys import RunKeys
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.method.images import ImageProcessor
+from broker_schemas.method.model_folder import load_policy
+from broker_schemas.method.prompt import PromptBuilder
 from configs import RunConfig
 from learner.attention import attention_implementation
 from learner.augmentation import AugmentationSettings

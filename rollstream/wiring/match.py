@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from broker_schemas.matcher_door import MatcherDoor
+from broker_schemas.broker.matcher_door import MatcherDoor
 from configs import RunConfig
 from consumers.matcher import FailureDump, Matcher, MatcherSettings
 from consumers.matching import MatchSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker_schemas.packer_door import PackerDoor
+from broker_schemas.broker.packer_door import PackerDoor
 from configs import RunConfig
 from consumers.metrics import PackerMetrics
 from consumers.pack_buffer import PackBufferSettings

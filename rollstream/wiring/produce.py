@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
 from broker_schemas.client import SegmentSink, SinkSettings
 from configs import RunConfig
 from producers.jobs import RolloutWorker

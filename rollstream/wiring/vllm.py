@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from broker_schemas.broker import Broker
-from broker_schemas.server_lock import server_locks
-from broker_schemas.vllm_http import PauseMode, VllmServer
-from broker_schemas.weight_sync import load_by_path
+from broker_schemas.broker.broker import Broker
+from broker_schemas.rollout_servers.server_lock import server_locks
+from broker_schemas.rollout_servers.vllm_http import PauseMode, VllmServer
+from broker_schemas.rollout_servers.weight_sync import load_by_path
 from configs import RunConfig
 from learner.server_sync import ServerSync
 from producers.rollout_backend import DecodingSettings

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from broker_schemas.records import GroundTruthObject, ImageReference, MatchedSegment, SegmentRecord
+from broker_schemas.records.records import GroundTruthObject, ImageReference, MatchedSegment, SegmentRecord
 
 
 def an_image(**changes: Any) -> ImageReference:

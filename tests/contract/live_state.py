@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from broker_schemas.broker import Broker
-from broker_schemas.keys import MATCHER_GROUP, PACKER_GROUP
-from broker_schemas.ledger import Ledger
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.keys import MATCHER_GROUP, PACKER_GROUP
+from broker_schemas.records.ledger import Ledger
 from tests.contract.queue_model import WORLD_SIZE, QueueModel
 
 

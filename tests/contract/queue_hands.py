@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from broker_schemas.packer_door import PendingDescriptor, PlannedPack
-from broker_schemas.packs import ReadyPack
-from broker_schemas.records import MatchedSegment
+from broker_schemas.broker.packer_door import PendingDescriptor, PlannedPack
+from broker_schemas.records.packs import ReadyPack
+from broker_schemas.records.records import MatchedSegment
 from tests.builders.records import a_segment
 from tests.contract.queue_model import ModelPack
 

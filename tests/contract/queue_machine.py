@@ -14,17 +14,13 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from broker_schemas.broker import Broker
-from broker_schemas.client import SegmentSink, SinkSettings
-from broker_schemas.errors import BrokerFull, RunStopped
-from broker_schemas.events import read_events
-from broker_schemas.freshness import oldest_allowed
-from broker_schemas.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.ledger import Ledger
-from broker_schemas.matcher_door import MatcherDoor, MatchVerdict, RawEntry
-from broker_schemas.packer_door import PackCommit, PackerDoor, PendingDescriptor
-from broker_schemas.policy import publish_policy
-from broker_schemas.rollout_requests import (
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.event_log import read_events
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
+from broker_schemas.broker.packer_door import PackCommit, PackerDoor, PendingDescriptor
+from broker_schemas.broker.policy import publish_policy
+from broker_schemas.broker.rollout_requests import (
     LeaseSettings,
     RolloutRequest,
     fail_request,
@@ -32,6 +28,10 @@ from broker_schemas.rollout_requests import (
     reissue_expired,
     renew_lease,
 )
+from broker_schemas.client import SegmentSink, SinkSettings
+from broker_schemas.errors import BrokerFull, RunStopped
+from broker_schemas.records.freshness import oldest_allowed
+from broker_schemas.records.ledger import Ledger
 from tests.builders.records import a_rollout
 from tests.contract.live_state import check_sums, read_live_state
 from tests.contract.queue_hands import (

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from broker_schemas.packs import StepClaim
+from broker_schemas.records.packs import StepClaim
 
 WORLD_SIZE = 2
 

@@ -17,30 +17,30 @@ from prometheus_client import CollectorRegistry
 from rq.serializers import JSONSerializer
 from typer.testing import CliRunner
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.matcher_door import MatcherDoor
+from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
+from broker_schemas.broker.policy import publish_policy, read_policy
+from broker_schemas.broker.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
+from broker_schemas.broker.script_library import script_names, script_source
+from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
-from broker_schemas.connection import BrokerAddress
 from broker_schemas.errors import BrokerRefused, ConfigError
-from broker_schemas.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.matcher_door import MatcherDoor
-from broker_schemas.packer_door import PackerDoor, PendingDescriptor, PlannedPack
-from broker_schemas.packs import ReadyPack
-from broker_schemas.policy import publish_policy, read_policy
-from broker_schemas.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
-from broker_schemas.script_library import script_names, script_source
-from broker_schemas.server_lock import server_locks
-from broker_schemas.status import read_status
+from broker_schemas.records.packs import ReadyPack
+from broker_schemas.rollout_servers.server_lock import server_locks
 from producers import jobs
 from producers.dispatcher import Dispatcher, DispatcherSettings
 from producers.jobs import RolloutJob, RolloutWorker, failed_requests, rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.acl import GRANTS, ROLES, Role, acl_file, acl_rules, user_name
-from rollstream.archive import ArchiveWriter
-from rollstream.archive_loss import find_loss, noted_cursor
-from rollstream.audit import all_events, take_audit
-from rollstream.cli_security import register
-from rollstream.exporter import ExporterSettings, RunCollector
-from rollstream.gc import collect
+from rollstream.commands.security import register
+from rollstream.history.archive import ArchiveWriter
+from rollstream.history.archive_loss import find_loss, noted_cursor
+from rollstream.history.audit import all_events, take_audit
+from rollstream.history.gc import collect
+from rollstream.watch.exporter import ExporterSettings, RunCollector
 from tests.builders.records import a_rollout
 from tests.config_builders import PROJECT_ROOT
 from tests.conftest import redis_server_program

@@ -8,7 +8,7 @@ import json
 import pytest
 from rich.console import Console
 
-from rollstream.bench_queue import run_queue_bench
+from rollstream.bench.queue import run_queue_bench
 
 
 @pytest.mark.req("Q-3", "Q-12")

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
-from broker_schemas.connection import BrokerAddress
 from broker_schemas.errors import BrokerError, RunStopped
-from broker_schemas.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.status import read_status
-from rollstream.archive import ArchiveWriter
-from rollstream.archive_loss import read_losses
-from rollstream.audit import Audit, all_events, render_audit, take_audit
-from rollstream.embedded_redis import Durability, EmbeddedRedis
-from rollstream.ports_in_use import free_loopback_port
-from rollstream.queue_throughput import make_rollouts, push_match_and_pack
+from rollstream.bench.queue_throughput import make_rollouts, push_match_and_pack
+from rollstream.history.archive import ArchiveWriter
+from rollstream.history.archive_loss import read_losses
+from rollstream.history.audit import Audit, all_events, render_audit, take_audit
+from rollstream.stack.embedded_redis import Durability, EmbeddedRedis
+from rollstream.stack.ports_in_use import free_loopback_port
 from tests.segment_builders import make_rollout
 
 LOG_FILE = "appendonly.aof"

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from broker_schemas.errors import DataError
-from rollstream.cli_queue import register
+from rollstream.commands.queue import register
 from tests.config_builders import make_mapping, write_file
 
 

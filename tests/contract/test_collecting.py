@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from broker_schemas.broker import Broker
-from broker_schemas.connection import BrokerAddress
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.rollout_requests import LeaseSettings, issue_requests
 from broker_schemas.errors import ConfigError
-from broker_schemas.rollout_requests import LeaseSettings, issue_requests
 from producers.jobs import enqueue_request, rollout_queue
-from rollstream.gc import collect, collect_run
-from rollstream.queue_throughput import make_rollouts, measure_memory, push_match_and_pack, train
-from rollstream.stack_lock import StackLock
+from rollstream.bench.queue_throughput import make_rollouts, measure_memory, push_match_and_pack, train
+from rollstream.history.gc import collect, collect_run
+from rollstream.run_lock import StackLock
 from tests.config_builders import make_mapping, write_file
 from tests.contract.test_transitions import a_request, push
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from broker_schemas.broker import Broker
-from broker_schemas.events import read_events
-from broker_schemas.matcher_door import MatcherDoor
-from broker_schemas.policy import publish_policy, read_policy
-from broker_schemas.records import SegmentRecord
-from broker_schemas.status import read_status
-from rollstream.audit import take_audit
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.event_log import read_events
+from broker_schemas.broker.matcher_door import MatcherDoor
+from broker_schemas.broker.policy import publish_policy, read_policy
+from broker_schemas.broker.status import read_status
+from broker_schemas.records.records import SegmentRecord
+from rollstream.history.audit import take_audit
 from tests.contract.test_transitions import match_all, pack_all
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"

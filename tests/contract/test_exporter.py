@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
-from broker_schemas.broker import Broker
-from broker_schemas.connection import BrokerAddress, open_redis
-from broker_schemas.keys import RunKeys
-from broker_schemas.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.matcher_door import MatcherDoor
-from broker_schemas.policy import publish_policy
-from rollstream.exporter import ExporterSettings, RunCollector
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress, open_redis
+from broker_schemas.broker.keys import RunKeys
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.matcher_door import MatcherDoor
+from broker_schemas.broker.policy import publish_policy
+from rollstream.watch.exporter import ExporterSettings, RunCollector
 from tests.contract.test_transitions import match_all, pack_all, push
 
 SETTINGS = ExporterSettings(world_size=2, version_window=2, budget_bytes=1 << 20, max_steps=1, b_ratio=0.5)

@@ -12,17 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.event_log import read_events
+from broker_schemas.broker.matcher_door import MatcherDoor
+from broker_schemas.broker.rollout_requests import LeaseSettings, issue_requests
+from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink, SinkSettings, segment_line
-from broker_schemas.codec import MAX_RECORD_BYTES
-from broker_schemas.events import read_events
-from broker_schemas.matcher_door import MatcherDoor
-from broker_schemas.records import ImageReference
-from broker_schemas.rollout_requests import LeaseSettings, issue_requests
-from broker_schemas.status import read_status
+from broker_schemas.records.codec import MAX_RECORD_BYTES
+from broker_schemas.records.records import ImageReference
 from consumers.matcher import Matcher, MatcherSettings
 from consumers.metrics import MatcherMetrics
-from rollstream.audit import take_audit
+from rollstream.history.audit import take_audit
 from tests.contract.test_transitions import a_request
 from tests.segment_builders import make_rollout, make_tools
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from broker_schemas.broker import Broker
-from broker_schemas.connection import BrokerAddress
-from broker_schemas.keys import RunKeys
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.keys import RunKeys
 from tests.contract.queue_machine import QueueMachine
 
 RUN_NUMBERS = itertools.count()

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
+from broker_schemas.broker.packer_door import PackerDoor, PlannedPack
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import ConfigError, DataError
-from broker_schemas.matcher_door import MatcherDoor, MatchVerdict
-from broker_schemas.packer_door import PackerDoor, PlannedPack
-from broker_schemas.packs import ReadyPack, StepClaim
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.records import MatchedSegment
 from configs import RunConfig, load_config
-from rollstream.archive import ArchiveWriter
-from rollstream.replay import ReplayOptions, check_changes, replay_run
-from rollstream.replay_plan import repack
+from rollstream.datasets.scenes import make_scenes
+from rollstream.history.archive import ArchiveWriter
+from rollstream.history.replay import ReplayOptions, check_changes, replay_run
+from rollstream.history.replay_plan import repack
+from rollstream.models.tiny_model import make_tiny_model
 from rollstream.run_folder import RunFolder
-from rollstream.scenes import make_scenes
-from rollstream.tiny_model import make_tiny_model
 from rollstream.wiring import access
 from rollstream.wiring.learn import channel_a_source
 from tests.builders.records import a_rollout
@@ -108,7 +108,7 @@ def trained_run(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     config = load_config(path)
     broker = access.open_broker(config)
     fill_queue(broker, training_segments(config))
-    command = [sys.executable, "-m", "rollstream.cli", "learn", str(path)]
+    command = [sys.executable, "-m", "rollstream.commands.program", "learn", str(path)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     writer = ArchiveWriter(broker, RunFolder(folder / run).archive_dir)
     while writer.step(block_ms=1):

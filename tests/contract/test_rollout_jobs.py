@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rq.serializers import JSONSerializer
 
-from broker_schemas.broker import Broker
-from broker_schemas.rollout_requests import RolloutRequest
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.rollout_requests import RolloutRequest
 from producers import jobs
 from producers.jobs import (
     JOB_FUNCTION,
@@ -24,7 +24,7 @@ from producers.jobs import (
     failed_requests,
     rollout_queue,
 )
-from rollstream.gc import collect
+from rollstream.history.gc import collect
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

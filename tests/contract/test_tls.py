@@ -14,11 +14,11 @@ from typing import Final
 
 import pytest
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
 from broker_schemas.client import SegmentSink
-from broker_schemas.connection import BrokerAddress
 from broker_schemas.errors import BrokerRefused, BrokerUnavailable
-from rollstream.ports_in_use import free_loopback_port
+from rollstream.stack.ports_in_use import free_loopback_port
 from tests.builders.records import a_rollout
 from tests.config_builders import PROJECT_ROOT, make_mapping, write_file
 from tests.redis_servers import program_or_skip, running_server
@@ -184,7 +184,7 @@ def test_a_role_with_a_missing_or_wrong_password_ends_with_status_4_and_one_mess
     environment = {**os.environ, "OUR_PASSWORD": secret or ""}
 
     done = subprocess.run(
-        [sys.executable, "-m", "rollstream.cli", "dispatch", str(path)],
+        [sys.executable, "-m", "rollstream.commands.program", "dispatch", str(path)],
         cwd=PROJECT_ROOT,
         env=environment,
         capture_output=True,

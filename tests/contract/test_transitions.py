@@ -6,15 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from broker_schemas.broker import Broker
-from broker_schemas.client import SegmentSink, SinkSettings
-from broker_schemas.errors import BrokerFull, RunStopped
-from broker_schemas.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.matcher_door import MatcherDoor, MatchVerdict
-from broker_schemas.packer_door import PackCommit, PackerDoor, PlannedPack
-from broker_schemas.packs import ReadyPack
-from broker_schemas.policy import publish_policy, read_policy
-from broker_schemas.rollout_requests import (
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
+from broker_schemas.broker.packer_door import PackCommit, PackerDoor, PlannedPack
+from broker_schemas.broker.policy import publish_policy, read_policy
+from broker_schemas.broker.rollout_requests import (
     LeaseSettings,
     RolloutRequest,
     fail_request,
@@ -23,7 +20,10 @@ from broker_schemas.rollout_requests import (
     reissue_expired,
     renew_lease,
 )
-from broker_schemas.status import read_status
+from broker_schemas.broker.status import read_status
+from broker_schemas.client import SegmentSink, SinkSettings
+from broker_schemas.errors import BrokerFull, RunStopped
+from broker_schemas.records.packs import ReadyPack
 from tests.builders.records import a_rollout, a_segment
 
 LEASE = LeaseSettings(lease_ms=60_000, max_attempts=2)

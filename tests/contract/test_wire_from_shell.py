@@ -15,12 +15,12 @@ import msgpack
 import numpy as np
 import pytest
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.event_log import read_events
+from broker_schemas.broker.matcher_door import MatcherDoor
+from broker_schemas.broker.status import read_status
 from broker_schemas.errors import MalformedRecord
-from broker_schemas.events import read_events
-from broker_schemas.matcher_door import MatcherDoor
-from broker_schemas.records import GroundTruthObject, ImageReference, SegmentRecord
-from broker_schemas.status import read_status
+from broker_schemas.records.records import GroundTruthObject, ImageReference, SegmentRecord
 from tests.builders.records import a_rollout
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from broker_schemas.errors import RollstreamError
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.records import MatchedSegment
 from learner.checkpoints import latest_checkpoint
 from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome

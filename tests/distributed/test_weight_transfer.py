@@ -18,9 +18,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from broker_schemas.errors import RunStopped, ServerFailed, ServerRefused, ServerUnavailable
-from broker_schemas.vllm_http import TRANSFER_ENGINE, VllmServer
-from broker_schemas.weight_label import WeightLabel
-from broker_schemas.weight_sync import load_into_servers
+from broker_schemas.rollout_servers.vllm_http import TRANSFER_ENGINE, VllmServer
+from broker_schemas.rollout_servers.weight_label import WeightLabel
+from broker_schemas.rollout_servers.weight_sync import load_into_servers
 from learner.weight_transfer import WeightTransfer, _PublishedTensors
 from tests.vllm_fakes import FakeVllm
 

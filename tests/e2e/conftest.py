@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from broker_schemas.ledger import Ledger
-from rollstream.archive import read_archived_events
+from broker_schemas.records.ledger import Ledger
+from rollstream.datasets.scenes import make_scenes
+from rollstream.history.archive import read_archived_events
+from rollstream.models.tiny_model import make_tiny_model
 from rollstream.run_folder import RunFolder
-from rollstream.scenes import make_scenes
-from rollstream.tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +58,7 @@ class Program:
         return [part for value in values for part in ("--set", value)]
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "rollstream.cli", *arguments]
+        return [sys.executable, "-m", "rollstream.commands.program", *arguments]
 
     def run(self, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a command to its end and return what it printed."""

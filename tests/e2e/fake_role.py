@@ -16,7 +16,7 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from rollstream.bound_process import bound_command
+from rollstream.stack.bound_process import bound_command
 
 
 class FakeRole:

@@ -106,10 +106,12 @@ class KilledStack:
             except OSError:
                 continue
             is_rank = (
-                "learn" in words and "rollstream.cli" in words and "rollstream.learner_launcher" not in words
+                "learn" in words
+                and "rollstream.commands.program" in words
+                and "rollstream.stack.learner_launcher" not in words
             )
             if (is_rank and target.endswith(("rank", "ranks"))) or (
-                target in words and "rollstream.cli" in words
+                target in words and "rollstream.commands.program" in words
             ):
                 found.append(pid)
         if target == "one rank" and found:

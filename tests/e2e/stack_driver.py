@@ -15,10 +15,10 @@ from PIL import Image
 from rich.console import Console
 
 from configs import load_config
-from rollstream.restart_policy import RestartSettings
 from rollstream.run_folder import RunFolder
-from rollstream.stack import StackOptions, StackResult, run_stack
-from rollstream.stack_plan import LaunchSettings, RoleName
+from rollstream.stack.plan import LaunchSettings, RoleName
+from rollstream.stack.restart_policy import RestartSettings
+from rollstream.stack.running import StackOptions, StackResult, run_stack
 from tests.config_builders import PROJECT_ROOT, make_mapping, write_file
 
 QUICK = RestartSettings(first_delay_s=0.02, longest_delay_s=0.1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rollstream.archive_loss import read_losses
+from rollstream.history.archive_loss import read_losses
 from rollstream.run_folder import RunFolder, read_json_lines
 from tests.e2e.conftest import Program, last_lines, ledger_of
 from tests.e2e.killing import KilledStack, children_of

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from broker_schemas.broker import Broker
-from broker_schemas.connection import BrokerAddress
-from broker_schemas.events import read_events
-from broker_schemas.ledger import Ledger
-from broker_schemas.status import read_status
-from rollstream.embedded_redis import EmbeddedRedis
-from rollstream.ports_in_use import free_loopback_port
-from rollstream.process_tree import kill_tree
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.event_log import read_events
+from broker_schemas.broker.status import read_status
+from broker_schemas.records.ledger import Ledger
 from rollstream.run_folder import RunFolder, read_json_lines
+from rollstream.stack.embedded_redis import EmbeddedRedis
+from rollstream.stack.ports_in_use import free_loopback_port
+from rollstream.stack.process_tree import kill_tree
 from tests.e2e.conftest import ROOT, Program
 from tests.e2e.killing import descendants_of
 
@@ -86,7 +86,7 @@ class RolesByHand:
                 words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
                 names = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
                 ranks = [word.removeprefix("RANK=") for word in words if word.startswith("RANK=")]
-                if ranks and "rollstream.cli" in names:
+                if ranks and "rollstream.commands.program" in names:
                     found[int(ranks[0])] = pid
         return found
 

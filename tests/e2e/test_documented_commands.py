@@ -19,8 +19,8 @@ import pytest
 import redis
 import typer.main
 
-from rollstream.cli import app
-from rollstream.ports_in_use import free_loopback_port
+from rollstream.commands.program import app
+from rollstream.stack.ports_in_use import free_loopback_port
 from tests.config_builders import write_file
 from tests.dataset_builders import write_voc
 from tests.redis_servers import program_or_skip

@@ -17,10 +17,10 @@ import httpx
 import pytest
 import yaml
 
-from rollstream.dashboards.files import DASHBOARDS
-from rollstream.ports_in_use import free_loopback_port
-from rollstream.preparing import SHIPPED_MODEL
-from rollstream.scenes import make_scenes
+from rollstream.datasets.scenes import make_scenes
+from rollstream.models.shipped import SHIPPED_MODEL
+from rollstream.stack.ports_in_use import free_loopback_port
+from rollstream.watch.dashboards.files import DASHBOARDS
 from tests.prometheus_queries import alert_conditions, alerts, dashboard_queries, recording_rules
 from tests.source_tree import ROOT
 
@@ -72,7 +72,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subp
     make_scenes(root / "data" / "scenes", num_train=32, num_val=4)
     log = root / "up.log"
     settings = [*OVERRIDES, f"model.name_or_path={SHIPPED_MODEL}", f"metrics.base_port={free_base_port()}"]
-    command = [sys.executable, "-m", "rollstream.cli", "up", str(ROOT / "configs" / "demo.yaml")]
+    command = [sys.executable, "-m", "rollstream.commands.program", "up", str(ROOT / "configs" / "demo.yaml")]
     command += [part for setting in settings for part in ("--set", setting)]
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -18,9 +18,9 @@ import redis
 
 from broker_schemas.errors import BrokerRefused, BrokerUnavailable, ConfigError, DataError
 from configs import load_config
-from rollstream.embedded_redis import EmbeddedRedis
-from rollstream.ports_in_use import free_loopback_port
-from rollstream.stack import StackOptions, run_stack
+from rollstream.stack.embedded_redis import EmbeddedRedis
+from rollstream.stack.ports_in_use import free_loopback_port
+from rollstream.stack.running import StackOptions, run_stack
 from tests.config_builders import PROJECT_ROOT
 from tests.e2e.stack_driver import FakeStack
 
@@ -325,7 +325,7 @@ def test_a_data_set_that_is_not_there_is_refused_with_its_key_and_path(tmp_path:
 def test_torchrun_ends_with_the_status_of_the_rank_that_ended_it(ending: str, exit_status: int) -> None:
     # given two ranks that end alike
     command = [
-        *(sys.executable, "-m", "rollstream.learner_launcher", "--nproc_per_node", "2"),
+        *(sys.executable, "-m", "rollstream.stack.learner_launcher", "--nproc_per_node", "2"),
         *("--master_addr", "127.0.0.1", "--master_port", str(free_loopback_port())),
         *("--no-python", sys.executable, "-S", "-c", f"import os; os.{ending}"),
     ]

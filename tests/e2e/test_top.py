@@ -99,7 +99,7 @@ def as_if_running_now(folder: RunFolder, **changes: Any) -> RunFolder:
 
 
 def start_top(pane: Pane, folder: RunFolder) -> None:
-    command = [sys.executable, "-m", "rollstream.cli", "top", str(folder.path)]
+    command = [sys.executable, "-m", "rollstream.commands.program", "top", str(folder.path)]
     pane.type("clear; " + shlex.join(command), "Enter")
 
 

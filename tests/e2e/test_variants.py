@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from broker_schemas.ledger import StepHistory
+from broker_schemas.records.ledger import StepHistory
 from rollstream.run_folder import read_json_lines
 from tests.e2e.conftest import Program, ledger_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rollstream.tiny_model import make_tiny_model
+from rollstream.models.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from broker_schemas.records import GroundTruthObject
-from broker_schemas.sample_format.coordinates import bin_from_pixels, pixels_from_bin
-from broker_schemas.sample_format.polygon import is_canonical
+from broker_schemas.method.coordinates import bin_from_pixels, pixels_from_bin
+from broker_schemas.method.polygon import is_canonical
+from broker_schemas.records.records import GroundTruthObject
 from learner.augmentation import AugmentationSettings, PixelTransform, draw_transform, move_object
 
 WIDTH, HEIGHT = 96, 64

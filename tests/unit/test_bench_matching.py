@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from consumers.transport_targets import TransportSettings, barycentric_targets
-from rollstream.bench_matching import GEOMETRIES, OBJECT_COUNTS, MatchingBenchReport, run_matching_bench
-from rollstream.bench_references.matching import reference_target
+from rollstream.bench.matching import GEOMETRIES, OBJECT_COUNTS, MatchingBenchReport, run_matching_bench
+from rollstream.bench.references.matching import reference_target
 from tests.tokenizer_builders import make_polygon
 
 

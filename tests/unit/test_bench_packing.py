@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rollstream.bench_packing import (
+from rollstream.bench.packing import (
     CAPACITIES_TOKENS,
     DISTRIBUTIONS,
     METHODS,

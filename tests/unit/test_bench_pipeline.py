@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rollstream.bench_pipeline import PipelineBenchReport, PipelineTimes, times_of
+from rollstream.bench.pipeline import PipelineBenchReport, PipelineTimes, times_of
 
 
 def row(kind: str, wait_s: float, busy_s: float, num_tokens: int = 100) -> dict[str, Any]:

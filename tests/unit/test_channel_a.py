@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from broker_schemas.errors import DataError
-from broker_schemas.records import GroundTruthObject, MatchedSegment
-from broker_schemas.sample_format.dataset import Sample, read_dataset
-from broker_schemas.sample_format.images import ImageProcessor
-from broker_schemas.sample_format.payload import render_payload
-from broker_schemas.sample_format.prompt import PromptBuilder
+from broker_schemas.method.dataset import Sample, read_dataset
+from broker_schemas.method.images import ImageProcessor
+from broker_schemas.method.payload import render_payload
+from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.records.records import GroundTruthObject, MatchedSegment
 from learner.augmentation import AugmentationSettings
 from learner.channel_a import ChannelASettings, ChannelASource, build_segment, tokenize_payload
 from learner.collation import CollationSettings, SegmentPixels, check_segment

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from broker_schemas.errors import DataError
-from broker_schemas.records import ImageReference, MatchedSegment
+from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import PackedRow, SegmentPixels, collate_row
 from tests.learner_builders import COLLATION, FIRST_COORD_ID, IMAGE_TOKEN_ID, make_pixels, make_segment
 

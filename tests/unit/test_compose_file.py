@@ -12,9 +12,10 @@ from click import Context
 from typer.main import get_command
 
 from configs import load_config
-from rollstream.cli import app
-from rollstream.preparing import SHIPPED_MODEL, prepare_inputs
-from rollstream.vllm_plan import ServeOptions, plan_servers
+from rollstream.commands.preparing import prepare_inputs
+from rollstream.commands.program import app
+from rollstream.models.shipped import SHIPPED_MODEL
+from rollstream.vllm.plan import ServeOptions, plan_servers
 from rollstream.wiring.access import PORT_OFFSETS
 from tests.source_tree import ROOT
 
@@ -166,7 +167,7 @@ def test_the_vllm_service_is_started_as_the_program_would_start_it() -> None:
     said = SERVICES["vllm"]["command"]
     flags = [part for flag in said[1:] for part in flag.split("=", 1)]
     # then
-    assert flags == list(plan.flags[1:]), "write the flags of rollstream/vllm_plan.py into the compose file"
+    assert flags == list(plan.flags[1:]), "write the flags of rollstream/vllm/plan.py into the compose file"
     assert said[0] == config.model.name_or_path
     environment, mounts = SERVICES["vllm"]["environment"], SERVICES["vllm"]["volumes"]
     assert environment.keys() - plan.environment.keys() == {"HOME"}

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rollstream.dashboards import generated_files, write_generated
-from rollstream.dashboards.files import DASHBOARDS, dashboard_files
-from rollstream.metrics_table import series_names
+from rollstream.watch.dashboards import generated_files, write_generated
+from rollstream.watch.dashboards.files import DASHBOARDS, dashboard_files
+from rollstream.watch.metrics_table import series_names
 from tests.prometheus_queries import (
     alert_conditions,
     alerts,

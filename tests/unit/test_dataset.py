@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from broker_schemas.errors import DataError
-from broker_schemas.records import GroundTruthObject
-from broker_schemas.sample_format.dataset import order_objects, read_dataset
+from broker_schemas.method.dataset import order_objects, read_dataset
+from broker_schemas.records.records import GroundTruthObject
 from tests.dataset_builders import BOX, POLYGON, dataset_line, write_jsonl, write_picture
 
 

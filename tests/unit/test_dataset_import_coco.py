@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from broker_schemas.errors import DataError
-from broker_schemas.sample_format.dataset import read_dataset
-from rollstream.dataset_import import import_dataset
+from broker_schemas.method.dataset import read_dataset
+from rollstream.datasets.importing import import_dataset
 from tests.dataset_builders import write_coco, write_picture
 
 TRIANGLE = [8.0, 6.0, 8.0, 18.0, 28.0, 6.0, 8.0, 6.0]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from broker_schemas.errors import DataError
-from broker_schemas.sample_format.dataset import read_dataset
-from rollstream.dataset_import import import_dataset
+from broker_schemas.method.dataset import read_dataset
+from rollstream.datasets.importing import import_dataset
 from tests.dataset_builders import tree_bytes, write_labelme, write_picture
 
 POLYGON = {"points": [[8, 6], [8, 18], [28, 6]]}

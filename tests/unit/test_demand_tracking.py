@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker_schemas.status import RunStatus
+from broker_schemas.broker.status import RunStatus
 from learner.schedule import is_rollout_step
 from producers.demand import DemandSettings, claimable_packs, decide_demand
 from producers.demand_tracking import DemandTracker

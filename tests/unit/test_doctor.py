@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from configs import RunConfig
-from rollstream import doctor
-from rollstream.doctor_broker import (
+from rollstream.doctor import examining as doctor
+from rollstream.doctor.broker import (
     BrokerFacts,
     examine_broker,
     judge_clock,
@@ -22,8 +22,8 @@ from rollstream.doctor_broker import (
     judge_memory,
     judge_persistence,
 )
-from rollstream.findings import fail, ok, render_findings
-from rollstream.stack_lock import StackLock
+from rollstream.doctor.findings import fail, ok, render_findings
+from rollstream.run_lock import StackLock
 from rollstream.wiring.access import PORT_OFFSETS
 from tests.config_builders import METHOD, load_mapping, make_mapping, put
 

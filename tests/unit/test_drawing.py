@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rollstream.drawing import (
+from rollstream.show.drawing import (
     GROUND_TRUTH_COLOUR,
     PREDICTION_COLOUR,
     Colour,

@@ -8,7 +8,7 @@ from typing import Final
 import pytest
 import redis
 
-from broker_schemas.connection import broker_errors
+from broker_schemas.broker.connection import broker_errors
 from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused, BrokerUnavailable
 
 PLACES: Final[dict[str, type[BrokerError]]] = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from broker_schemas.errors import MalformedRecord
-from broker_schemas.sample_format.payload import render_payload
+from broker_schemas.method.payload import render_payload
 from consumers.evaluation_result import EvaluationResult
 from consumers.record_matching import match_record
 from tests.segment_builders import IMAGE, make_rollout, make_tools

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker_schemas import codec
 from broker_schemas.errors import SchemaTooNew
-from broker_schemas.packs import MatchedDescriptor, ReadyPack, StepClaim
-from broker_schemas.records import GroundTruthObject, ImageReference, MatchedSegment, SegmentRecord
+from broker_schemas.records import codec
+from broker_schemas.records.packs import MatchedDescriptor, ReadyPack, StepClaim
+from broker_schemas.records.records import GroundTruthObject, ImageReference, MatchedSegment, SegmentRecord
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 IMAGE = ImageReference(path="images/\u5bfe.png", width=640, height=480, grid_thw=(1, 16, 12))

@@ -12,9 +12,9 @@ from typing import Final
 import pytest
 import typer.main
 
-from broker_schemas.ledger import HANDLERS
-from broker_schemas.script_library import script_names
-from rollstream.cli import app
+from broker_schemas.broker.script_library import script_names
+from broker_schemas.records.ledger import HANDLERS
+from rollstream.commands.program import app
 from tests.source_tree import ROOT, project_files
 
 DOCUMENTS: Final = tuple(sorted((ROOT / "docs").glob("*.md")))
@@ -110,7 +110,7 @@ def test_the_design_lists_every_transition_and_every_event() -> None:
 
     assert set(listed) == set(script_names())
     assert set().union(*listed.values()) == set(HANDLERS)
-    scripts = ROOT / "broker_schemas" / "scripts"
+    scripts = ROOT / "broker_schemas" / "broker" / "scripts"
     for name, events in listed.items():
         emitted = set(re.findall(r"emit\('(\w+)'", (scripts / f"{name}.lua").read_text("utf-8")))
         assert emitted <= events, f"{name} also emits {emitted - events}"

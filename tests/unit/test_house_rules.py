@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from broker_schemas.script_library import script_names
+from broker_schemas.broker.script_library import script_names
 from tests.source_tree import PACKAGES, ROLES, ROOT, SourceFile, dotted, is_within, python_files
 
 MAY_IMPORT: Final = {
@@ -23,7 +23,7 @@ MAY_IMPORT: Final = {
 # adapters and loops; every other module of broker_schemas and of a role is a core
 EDGES: Final = {
     "broker_schemas": {
-        *("broker", "client", "connection", "events", "learner_door", "matcher_door", "packer_door"),
+        *("broker", "client", "connection", "event_log", "learner_door", "matcher_door", "packer_door"),
         *("payloads", "policy", "role_loop", "rollout_requests", "script_library", "server_lock", "status"),
         "vllm_http",
     },
@@ -48,7 +48,7 @@ COLLECTIVES: Final = {
     "rollstream/assets/vllm/rollstream_vllm_transfer.py",
 }
 # starting ranks is no collective
-LAUNCHER: Final = "rollstream/learner_launcher.py"
+LAUNCHER: Final = "rollstream/stack/learner_launcher.py"
 LAUNCHER_MAY_USE: Final = ("torch.distributed.run", "torch.distributed.elastic")
 SEEDED_GENERATORS: Final = {"random.Random", "numpy.random.Generator", "numpy.random.SeedSequence"}
 UNPICKLERS: Final = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
@@ -125,7 +125,12 @@ def test_cores_draw_only_from_generators_that_are_passed_in() -> None:
 
 def test_cores_of_consumers_and_learner_load_no_redis() -> None:
     names = [file.module for file in cores() if file.package in ("consumers", "learner")]
-    names += ["producers.demand", "producers.chunking", "broker_schemas.freshness", "broker_schemas.records"]
+    names += [
+        "producers.demand",
+        "producers.chunking",
+        "broker_schemas.records.freshness",
+        "broker_schemas.records.records",
+    ]
     runs_alone(f"import {', '.join(names)}, sys; assert 'redis' not in sys.modules")
 
 
@@ -260,7 +265,7 @@ def test_fields_say_which_version_and_which_step() -> None:
 
 @pytest.mark.parametrize("name", script_names())
 def test_every_script_has_its_legend(name: str) -> None:
-    lines = (ROOT / "broker_schemas" / "scripts" / f"{name}.lua").read_text("utf-8").splitlines()
+    lines = (ROOT / "broker_schemas" / "broker" / "scripts" / f"{name}.lua").read_text("utf-8").splitlines()
     length = next(index for index, line in enumerate(lines) if not line.startswith("--"))
     legend, body = "\n".join(lines[:length]), "\n".join(lines[length:])
 
@@ -274,7 +279,9 @@ def test_every_script_has_its_legend(name: str) -> None:
 
 @pytest.mark.req("Q-2")
 def test_every_script_is_listed_and_called_by_a_door() -> None:
-    stored = {path.stem for path in (ROOT / "broker_schemas" / "scripts").glob("*.lua")} - {"prelude"}
+    stored = {path.stem for path in (ROOT / "broker_schemas" / "broker" / "scripts").glob("*.lua")} - {
+        "prelude"
+    }
     called = {
         argument.value
         for file in python_files(*PACKAGES)

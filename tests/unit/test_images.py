@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from broker_schemas.errors import DataError
-from broker_schemas.sample_format.images import ImageProcessor, confine_image_path
+from broker_schemas.method.images import ImageProcessor, confine_image_path
 from tests.dataset_builders import write_picture
 
 
@@ -139,7 +139,7 @@ def test_a_folder_without_processor_and_impossible_bounds_are_refused(
 
 def test_importing_the_sample_format_loads_neither_torch_nor_transformers_nor_pil() -> None:
     modules = ("dataset", "images", "model_folder", "polygon", "prompt")
-    imports = "; ".join(f"import broker_schemas.sample_format.{name}" for name in modules)
+    imports = "; ".join(f"import broker_schemas.method.{name}" for name in modules)
     check = "sys.exit(' '.join({'torch', 'transformers', 'PIL', 'redis'} & sys.modules.keys()) or 0)"
 
     done = subprocess.run(

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from rich.console import Console, RenderableType
 
-from rollstream.drawing import GROUND_TRUTH_COLOUR, PREDICTION_COLOUR
-from rollstream.inspect_view import (
+from rollstream.show.drawing import GROUND_TRUTH_COLOUR, PREDICTION_COLOUR
+from rollstream.show.inspect_view import (
     STYLES,
     InspectedObject,
     draw_inspection,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from rollstream.live_table import LiveView, bottleneck
 from rollstream.run_folder import RunFolder
+from rollstream.watch.live_table import LiveView, bottleneck
 from tests.run_folder_builders import START_MS, make_config, make_run_folder, make_sample, make_step
 
 NOW_MS = START_MS + 31_000

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from broker_schemas.errors import DataError, NonFiniteLoss
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.records import MatchedSegment
 from learner.losses import LossSettings, SegmentLosses, segment_losses, soft_targets, supervised_losses
 from learner.supervision import supervise_row
 from tests.learner_builders import COORD_IDS, FIRST_COORD_ID, VOCABULARY_SIZE, make_segment

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from broker_schemas.records import GroundTruthObject
+from broker_schemas.records.records import GroundTruthObject
 from consumers.matching import MatchSettings, candidate_ious, match_objects
 from consumers.shapes import is_degenerate
 from tests.tokenizer_builders import make_box, make_polygon

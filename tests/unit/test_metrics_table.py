@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from broker_schemas.packs import StepClaim
+from broker_schemas.records.packs import StepClaim
 from consumers.metrics import MatcherMetrics, PackerMetrics
 from learner.metrics import LearnerMetrics
 from learner.step_report import RankPart, log_row
 from learner.train_step import LossSums, StepUpdate
 from producers.metrics import DispatcherMetrics, ProducerMetrics
-from rollstream.archive_metrics import ArchiveMetrics
-from rollstream.metrics_table import ROLE_METRICS, TRAINING_LOG, declared_metrics, markdown_table
+from rollstream.history.archive_metrics import ArchiveMetrics
+from rollstream.watch.metrics_table import ROLE_METRICS, TRAINING_LOG, declared_metrics, markdown_table
 from rollstream.wiring.access import PORT_OFFSETS
 from tests.source_tree import PACKAGES, ROOT, SourceFile, python_files
 
 METRICS_FILES = (
     *(f"{role}/metrics.py" for role in ("producers", "consumers", "learner")),
-    "rollstream/archive_metrics.py",
+    "rollstream/history/archive_metrics.py",
 )
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from broker_schemas.errors import DataError
-from broker_schemas.sample_format.model_folder import load_policy, logits_width, resolve_model_dir
-from broker_schemas.sample_format.prompt import PromptBuilder
+from broker_schemas.method.model_folder import load_policy, logits_width, resolve_model_dir
+from broker_schemas.method.prompt import PromptBuilder
 
 
 def copy_of(folder: Path, target: Path) -> Path:

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 
+from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import BrokerUnavailable
-from broker_schemas.events import LogEvent
-from broker_schemas.status import RunStatus
-from rollstream.monitor import LAG_OVER_RECORDS, BrokerWatch, GeneratedLag, Monitor, sample_of
-from rollstream.report.counting import key_numbers
-from rollstream.role_messages import error_message, last_lines
-from rollstream.stack_view import plain_line
+from broker_schemas.records.events import LogEvent
+from rollstream.show.report.counting import key_numbers
+from rollstream.stack.monitor import LAG_OVER_RECORDS, BrokerWatch, GeneratedLag, Monitor, sample_of
+from rollstream.stack.role_messages import error_message, last_lines
+from rollstream.stack.view import plain_line
 from tests.run_folder_builders import make_sample, make_step
 
 ROLES: list[dict[str, Any]] = [{"role": "producer", "index": 0, "state": "running", "pid": 7, "restarts": 2}]

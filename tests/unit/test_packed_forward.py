@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.records import MatchedSegment
 from learner.collation import PackedRow, collate_row
 from learner.packed_forward import forward_row, position_rule_of
 from tests.learner_builders import COLLATION, make_pixels, make_segment, tiny_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from broker_schemas.sample_format.payload import render_payload
+from broker_schemas.method.payload import render_payload
 from consumers.parsing import ParsedRollout, parse_rollout
 from consumers.token_bytes import token_bytes_of
 from tests.tokenizer_builders import (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker_schemas.sample_format.payload import render_payload
+from broker_schemas.method.payload import render_payload
 from consumers.fragments import encode_fragment
 from consumers.parsing import ParsedRollout, parse_rollout
 from consumers.token_bytes import token_bytes_of

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker_schemas.sample_format.polygon import (
+from broker_schemas.method.polygon import (
     canonical_polygon,
     is_canonical,
     signed_doubled_area,

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from broker_schemas.errors import DataError
-from broker_schemas.sample_format.prompt import PromptBuilder, num_image_tokens
+from broker_schemas.method.prompt import PromptBuilder, num_image_tokens
 
 TEMPLATE_WITH_EVERYTHING = """{%- macro show(part) %}
     {%- if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from broker_schemas.errors import DataError
-from broker_schemas.records import GroundTruthObject
+from broker_schemas.records.records import GroundTruthObject
 from consumers.record_matching import MatcherTools, match_record, match_rollout
 from tests.segment_builders import make_rollout, make_tools
 from tests.tokenizer_builders import coord_vocabulary, make_box, make_polygon, plain_tokenizer, random_objects

@@ -18,11 +18,11 @@ from PIL import Image
 from rich.console import Console
 
 from broker_schemas.errors import ConfigError
-from rollstream.drawing import GROUND_TRUTH_COLOUR, PREDICTION_COLOUR
-from rollstream.report import build_report, render_html, render_terminal, write_report
-from rollstream.report.gathering import sum_lines
-from rollstream.report.series import Clock, running_mean, thin
 from rollstream.run_folder import RunFolder
+from rollstream.show.drawing import GROUND_TRUTH_COLOUR, PREDICTION_COLOUR
+from rollstream.show.report import build_report, render_html, render_terminal, write_report
+from rollstream.show.report.gathering import sum_lines
+from rollstream.show.report.series import Clock, running_mean, thin
 from tests.run_folder_builders import (
     make_audit,
     make_config,
@@ -293,7 +293,7 @@ def test_the_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     def full_disk(handle: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("rollstream.report.writing.os.fsync", full_disk)
+    monkeypatch.setattr("rollstream.staged_folder.os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_report(folder)
 

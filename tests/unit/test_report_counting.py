@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rollstream.report.counting import (
+from rollstream.show.report.counting import (
     counts,
     is_skip,
     key_numbers,

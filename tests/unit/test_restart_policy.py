@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollstream.restart_policy import (
+from rollstream.stack.restart_policy import (
     Decision,
     Finished,
     RestartSettings,

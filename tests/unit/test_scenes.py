@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from broker_schemas.errors import DataError
-from broker_schemas.sample_format.dataset import Sample, read_dataset
-from broker_schemas.sample_format.polygon import is_canonical
-from rollstream.digit_outline import digit_shape, ink_contours, simplify_outline
-from rollstream.scene_drawing import SceneSettings, draw_scene
-from rollstream.scenes import make_scenes, split_shapes
+from broker_schemas.method.dataset import Sample, read_dataset
+from broker_schemas.method.polygon import is_canonical
+from rollstream.datasets.digit_outline import digit_shape, ink_contours, simplify_outline
+from rollstream.datasets.scene_drawing import SceneSettings, draw_scene
+from rollstream.datasets.scenes import make_scenes, split_shapes
 from tests.dataset_builders import tree_bytes
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs import RunConfig
-from rollstream.scrape_targets import (
+from rollstream.stack.scrape_targets import (
     metrics_ports,
     prometheus_targets,
     remove_targets,

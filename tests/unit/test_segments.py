@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, normalizers
 
-from broker_schemas.records import GroundTruthObject, MatchedSegment, SegmentRecord, wire_bytes_per_token
-from broker_schemas.sample_format.payload import render_entries, render_payload
+from broker_schemas.method.payload import render_entries, render_payload
+from broker_schemas.records.records import (
+    GroundTruthObject,
+    MatchedSegment,
+    SegmentRecord,
+    wire_bytes_per_token,
+)
 from consumers.fragments import FragmentNotEncoded, encode_fragment
 from consumers.matching import MatchSettings, match_objects
 from consumers.parsing import parse_rollout

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from broker_schemas.errors import DataError
-from broker_schemas.sample_format.model_folder import load_policy
+from broker_schemas.method.model_folder import load_policy
 from learner.checkpoints import save_model_folder
-from rollstream import shipped_checkpoint
-from rollstream.shipped_checkpoint import LARGEST_BYTES, RECORD_FILE, ship_checkpoint
+from rollstream.models import shipped_checkpoint
+from rollstream.models.shipped_checkpoint import LARGEST_BYTES, RECORD_FILE, ship_checkpoint
 
 METRICS = {
     "eval_rollout_f1": 0.61234,

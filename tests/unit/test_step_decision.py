@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from broker_schemas.errors import DeadlinePassed, RunStopped
-from broker_schemas.packs import StepClaim
+from broker_schemas.records.packs import StepClaim
 from learner.checkpoints import TrainerState
 from learner.distributed import Ranks
 from learner.early_stopping import note_evaluation, stop_reason

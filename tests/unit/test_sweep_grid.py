@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from broker_schemas.errors import ConfigError
 from configs import load_config
-from rollstream.sweep import SHIPPED_GRID
-from rollstream.sweep_grid import Cell, Grid, parse_grid, run_name, slug, yaml_text
+from rollstream.sweep.grid import Cell, Grid, parse_grid, run_name, slug, yaml_text
+from rollstream.sweep.running import SHIPPED_GRID
 from tests.config_builders import PROJECT_ROOT
 
 B_RATIO = "stage2_ab.schedule.b_ratio"

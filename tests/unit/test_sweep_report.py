@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rollstream.sweep_figures import MEASURES, lines_of, sweep_plots
-from rollstream.sweep_grid import parse_grid
-from rollstream.sweep_numbers import CellNumbers, cell_numbers
-from rollstream.sweep_report import COLUMNS, Sweep, numbers_row, render_sweep, render_sweep_page
+from rollstream.sweep.figures import MEASURES, lines_of, sweep_plots
+from rollstream.sweep.grid import parse_grid
+from rollstream.sweep.numbers import CellNumbers, cell_numbers
+from rollstream.sweep.report import COLUMNS, Sweep, numbers_row, render_sweep, render_sweep_page
 from tests.run_folder_builders import START_MS, make_sample, make_step
 
 GRID = parse_grid(

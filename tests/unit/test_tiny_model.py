@@ -10,13 +10,13 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from broker_schemas.errors import DataError
-from broker_schemas.records import GroundTruthObject
-from broker_schemas.sample_format.coordinates import CoordVocabulary
-from broker_schemas.sample_format.images import ImageProcessor
-from broker_schemas.sample_format.model_folder import load_policy
-from broker_schemas.sample_format.payload import render_entries, render_payload
-from broker_schemas.sample_format.prompt import PromptBuilder
-from rollstream.tiny_model import PRESETS, TinySizes, make_tiny_model
+from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.method.images import ImageProcessor
+from broker_schemas.method.model_folder import load_policy
+from broker_schemas.method.payload import render_entries, render_payload
+from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.records.records import GroundTruthObject
+from rollstream.models.tiny_model import PRESETS, TinySizes, make_tiny_model
 from tests.dataset_builders import tree_bytes, write_picture
 
 BOX = GroundTruthObject(desc="three", geometry="bbox_2d", bins=(406, 368, 767, 784))

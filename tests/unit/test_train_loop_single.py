@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from broker_schemas.errors import DeadlinePassed, NonFiniteLoss, RunStopped
-from broker_schemas.packs import StepClaim
-from broker_schemas.records import MatchedSegment
+from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.records import MatchedSegment
 from learner.checkpoints import latest_checkpoint, read_trainer_state
 from learner.losses import LossSettings
 from learner.settings import EarlyStopSettings

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from broker_schemas.packs import ReadyPack, StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim
 from learner.metrics import LearnerMetrics
 from learner.step_report import RankPart, join_parts, log_row
 from learner.train_step import LossSums, StepUpdate

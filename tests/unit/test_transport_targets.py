@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from broker_schemas.records import GroundTruthObject
+from broker_schemas.records.records import GroundTruthObject
 from consumers.boundaries import boundary_of
 from consumers.sinkhorn import barycentric_images
 from consumers.transport_targets import (

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import ServerFailed, ServerUnavailable
-from broker_schemas.policy import PublishedPolicy
-from broker_schemas.sample_format.dataset import Sample
+from broker_schemas.method.dataset import Sample
 from producers.rollout_backend import DecodingSettings
 from producers.vllm_backend import VllmBackend, VllmBackendSettings
 from producers.vllm_client import RetrySettings

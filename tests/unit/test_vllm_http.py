@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from broker_schemas.errors import RolloutServerError, ServerFailed, ServerRefused, ServerUnavailable
-from broker_schemas.vllm_http import MAX_REPLY_BYTES, VllmServer, server_errors
+from broker_schemas.rollout_servers.vllm_http import MAX_REPLY_BYTES, VllmServer, server_errors
 from tests.vllm_fakes import FakeVllm
 
 

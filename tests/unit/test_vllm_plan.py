@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from broker_schemas.errors import ConfigError, DataError
-from broker_schemas.vllm_http import LOADER_CLASS, TRANSFER_ENGINE
+from broker_schemas.rollout_servers.vllm_http import LOADER_CLASS, TRANSFER_ENGINE
 from configs import RunConfig
-from rollstream.serve_vllm import vllm_python
-from rollstream.tiny_model import make_tiny_model
-from rollstream.vllm_plan import (
+from rollstream.models.tiny_model import make_tiny_model
+from rollstream.vllm.plan import (
     EXTENSION_DIR,
     ServedModel,
     ServeOptions,
@@ -22,6 +21,7 @@ from rollstream.vllm_plan import (
     plan_alone,
     plan_servers,
 )
+from rollstream.vllm.serving import vllm_python
 from tests.config_builders import load_mapping, make_mapping
 
 

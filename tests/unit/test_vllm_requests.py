@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from broker_schemas.errors import PromptMismatch, ServerFailed, ServerRefused
-from broker_schemas.weight_label import WeightLabel, parse_label
+from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
 from producers.rollout_backend import DecodingSettings, Generation
 from producers.vllm_requests import PromptRequest, build_body, read_generation
 from tests.vllm_fakes import END_ID, chat_reply, tokens_reply

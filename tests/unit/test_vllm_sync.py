@@ -9,13 +9,13 @@ import fakeredis
 import httpx
 import pytest
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.keys import RunKeys
+from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import DeadlinePassed, RunStopped, ServerFailed, ServerRefused, ServerUnavailable
-from broker_schemas.keys import RunKeys
-from broker_schemas.policy import PublishedPolicy
-from broker_schemas.server_lock import server_locks
-from broker_schemas.weight_label import WeightLabel
-from broker_schemas.weight_sync import load_into_servers
+from broker_schemas.rollout_servers.server_lock import server_locks
+from broker_schemas.rollout_servers.weight_label import WeightLabel
+from broker_schemas.rollout_servers.weight_sync import load_into_servers
 from learner.server_sync import ServerSync
 from producers.vllm_servers import ServerFleet, check_room
 from tests.vllm_fakes import FakeVllm

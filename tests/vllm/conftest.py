@@ -15,21 +15,21 @@ from pathlib import Path
 
 import pytest
 
-from broker_schemas.policy import PublishedPolicy
-from broker_schemas.sample_format.dataset import Sample, read_dataset
-from broker_schemas.sample_format.images import ImageProcessor
-from broker_schemas.sample_format.prompt import PromptBuilder
-from broker_schemas.vllm_http import VllmServer
+from broker_schemas.broker.policy import PublishedPolicy
+from broker_schemas.method.dataset import Sample, read_dataset
+from broker_schemas.method.images import ImageProcessor
+from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.rollout_servers.vllm_http import VllmServer
 from configs import RunConfig
 from producers.hf_backend import HfBackend, HfBackendSettings
 from producers.rollout_backend import DecodingSettings
 from producers.vllm_backend import VllmBackend, VllmBackendSettings
 from producers.vllm_client import RetrySettings
 from producers.vllm_servers import ServerFleet
-from rollstream.scenes import make_scenes
-from rollstream.serve_vllm import VllmProcess, vllm_python
-from rollstream.tiny_model import make_tiny_model
-from rollstream.vllm_plan import ServeOptions, ServerPlan, plan_servers
+from rollstream.datasets.scenes import make_scenes
+from rollstream.models.tiny_model import make_tiny_model
+from rollstream.vllm.plan import ServeOptions, ServerPlan, plan_servers
+from rollstream.vllm.serving import VllmProcess, vllm_python
 from tests.config_builders import load_mapping, make_mapping
 from tests.vllm.weights import publish_shaken
 

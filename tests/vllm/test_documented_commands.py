@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rollstream.datasets.scenes import make_scenes
 from rollstream.run_folder import RunFolder, read_json_lines
-from rollstream.scenes import make_scenes
 from tests.source_tree import ROOT
 from tests.vllm.conftest import START_TIMEOUT_S, free_port
 
@@ -36,7 +36,7 @@ def start(command: str, folder: Path, log: Path, *settings: str) -> subprocess.P
     overrides = [part for setting in settings for part in ("--set", setting)]
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "rollstream.cli", *words, *overrides],
+            [sys.executable, "-m", "rollstream.commands.program", *words, *overrides],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=output,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from broker_schemas.errors import PromptMismatch, ServerRefused
-from broker_schemas.sample_format.images import ImageProcessor
+from broker_schemas.method.images import ImageProcessor
 from producers.hf_backend import HfBackend
 from producers.rollout_backend import DecodingSettings, Generation
 from producers.vllm_backend import VllmBackend

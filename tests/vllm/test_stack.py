@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from broker_schemas.policy import PublishedPolicy
-from broker_schemas.weight_label import WeightLabel, parse_label
+from broker_schemas.broker.policy import PublishedPolicy
+from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
 from producers.hf_backend import HfBackend
+from rollstream.datasets.scenes import make_scenes
 from rollstream.run_folder import RunFolder, read_json_lines
-from rollstream.scenes import make_scenes
 from tests.vllm.conftest import PIXELS, MakeBackend, RunningServers, Stage
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def test_a_run_on_two_servers_goes_on_when_one_is_killed_and_comes_back(
     warm_up(stage, two_servers, make_vllm)
     log = (tmp_path / "up.log").open("wb")
     stack = subprocess.Popen(
-        [sys.executable, "-m", "rollstream.cli", "up", str(config)],
+        [sys.executable, "-m", "rollstream.commands.program", "up", str(config)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=log,
@@ -131,7 +131,7 @@ def test_a_run_on_two_servers_goes_on_when_one_is_killed_and_comes_back(
     assert [row["policy_version"] for row in rows] == list(range(len(rows)))
     assert all(row["lag_claimed_max"] <= VERSION_WINDOW for row in b_rows)
     audit = subprocess.run(
-        [sys.executable, "-m", "rollstream.cli", "audit", str(folder.path), "--json"],
+        [sys.executable, "-m", "rollstream.commands.program", "audit", str(folder.path), "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from broker_schemas.broker import Broker
+from broker_schemas.broker.broker import Broker
 from broker_schemas.errors import RunStopped, ServerFailed, ServerUnavailable
-from broker_schemas.server_lock import server_locks
-from broker_schemas.vllm_http import VllmServer
-from broker_schemas.weight_sync import load_by_path
+from broker_schemas.rollout_servers.server_lock import server_locks
+from broker_schemas.rollout_servers.vllm_http import VllmServer
+from broker_schemas.rollout_servers.weight_sync import load_by_path
 from learner.server_group import ServerGroup
 from learner.server_sync import ServerSync
 from learner.weight_transfer import WeightTransfer

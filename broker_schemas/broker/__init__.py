@@ -1,0 +1,1 @@
+"""The one door to the broker: connection, keys, scripts, and what each role may ask of them."""

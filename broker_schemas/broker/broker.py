@@ -1,0 +1,49 @@
+"""One run's broker: the client, the keys and the way to call a transition. The doors are built on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from broker_schemas.broker.connection import BrokerAddress, broker_errors, check_server, open_redis
+from broker_schemas.broker.keys import MATCHER_GROUP, PACKER_GROUP, RunKeys
+from broker_schemas.broker.script_library import Argument, run_script
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A connected run. Safe to share between threads, not between processes."""
+
+    client: redis.Redis
+    keys: RunKeys
+    address: BrokerAddress = field(default_factory=lambda: BrokerAddress(url=""))
+
+    @classmethod
+    def connect(cls, run: str, address: BrokerAddress, *, socket_timeout_s: float = 30.0) -> Broker:
+        """Open the run on the broker at ``address`` and make its groups; raises BrokerError."""
+        keys = RunKeys(run)
+        broker = cls(open_redis(address, socket_timeout_s=socket_timeout_s), keys, address)
+        check_server(broker.client, address)
+        broker.make_groups()
+        return broker
+
+    def make_groups(self) -> None:
+        """Make the consumer groups, from the start of their streams; groups that exist stay."""
+        for stream, group in (("segments", MATCHER_GROUP), ("matched", PACKER_GROUP)):
+            with broker_errors(f"making group {group}"):
+                try:
+                    self.client.xgroup_create(self.keys.named(stream), group, id="0", mkstream=True)
+                except redis.exceptions.ResponseError as exc:
+                    if not str(exc).startswith("BUSYGROUP"):
+                        raise
+
+    def run(self, script: str, named_keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        """Call a transition on ``events``, ``counters`` and ``named_keys``; raises BrokerError."""
+        keys = [self.keys.named(name) for name in ("events", "counters", *named_keys)]
+        return run_script(self.client, script, keys, [self.keys.prefix, *arguments])
+
+    def close(self) -> None:
+        self.client.close()

@@ -1,0 +1,154 @@
+"""What the learner asks of the broker: claims, payloads, commits, settlements, publications."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, cast
+
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.payloads import fetch_segments
+from broker_schemas.broker.policy import publish_policy
+from broker_schemas.errors import RunStopped
+from broker_schemas.records import codec
+from broker_schemas.records.freshness import oldest_allowed
+from broker_schemas.records.packs import ClaimReason, ReadyPack, StepClaim
+from broker_schemas.records.records import Channel, MatchedSegment
+
+SETTLE_BATCH: Final = 64
+ClaimMode = Literal["fallback", "wait", "sealed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimSettings:
+    """How steps are claimed.
+
+    ``mode``: fallback (a short queue makes the step A), wait (ask again), sealed (the packs that the packer
+    completed for this very step, any number a rank). ``packs_per_rank`` = GA.
+    ``processor_fingerprint`` is told with every policy, so that rollouts made with another are refused early.
+    ``num_rollouts`` > 0 opens the step for that many rollouts before it is claimed (on-policy variants).
+    """
+
+    world_size: int
+    packs_per_rank: int = 1
+    version_window: int = 2
+    mode: ClaimMode = "fallback"
+    num_rollouts: int = 0
+    archived_only: bool = False
+    processor_fingerprint: str = ""
+
+
+class LearnerDoor:
+    """The learner's side of the broker; one for each rank. All methods raise BrokerError."""
+
+    def __init__(self, broker: Broker, settings: ClaimSettings) -> None:
+        self._broker = broker
+        self._settings = settings
+        self._opened = -1
+        self._claimed = -1
+
+    def claim_step(
+        self, *, optimizer_step: int, scheduled_kind: Channel, policy_version: int
+    ) -> StepClaim | None:
+        """Return the decision for a step, None where it cannot be taken yet; a decision never changes [Q-8].
+
+        Raises RunStopped for a step that a checkpoint has covered already, and when the broker has lost the
+        claim that this door was given last.
+        """
+        settings = self._settings
+        if settings.num_rollouts and scheduled_kind == "B" and self._opened < optimizer_step:
+            self._broker.run(
+                "open_step", ["open_step", "matched"], [optimizer_step, policy_version, settings.num_rollouts]
+            )
+            self._opened = optimizer_step
+        reply = self._broker.run(
+            "claim_step",
+            ["claims", f"claim:{optimizer_step}", "sealed"],
+            [
+                optimizer_step,
+                scheduled_kind,
+                settings.world_size,
+                settings.packs_per_rank,
+                oldest_allowed(policy_version, settings.version_window),
+                policy_version,
+                settings.mode,
+                self._claimed,
+            ],
+        )
+        if not reply:
+            return None
+        if reply == [b"lost"]:
+            raise _claim_lost(self._claimed)
+        if reply == [b"settled"]:
+            raise RunStopped(
+                f"optimizer step {optimizer_step}: a checkpoint covers it; resume from the latest one"
+            )
+        self._claimed = optimizer_step
+        return claim_from_fields(optimizer_step, settings.world_size, reply)
+
+    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
+        """Return the payloads in the order asked."""
+        return fetch_segments(self._broker, segment_ids)
+
+    def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
+        """Record that the step was taken; said twice, the first stays.
+
+        Raises RunStopped when the broker has lost the claim that it gave to this door.
+        """
+        reply = self._broker.run(
+            "commit_step", [f"claim:{optimizer_step}"], [optimizer_step, codec.encode_map(summary)]
+        )
+        if reply == -1 and self._claimed == optimizer_step:
+            raise _claim_lost(optimizer_step)
+
+    def settle_checkpoint(self, *, optimizer_step: int) -> None:
+        """Free all steps below ``optimizer_step``, as far as the archive has come."""
+        archived_only = int(self._settings.archived_only)
+        while True:
+            freed, left = self._broker.run(
+                "settle_checkpoint", ["claims", "archive"], [optimizer_step, archived_only, SETTLE_BATCH]
+            )
+            if not freed or not left:
+                return
+
+    def publish_policy(self, *, policy_version: int, optimizer_step: int, weights_path: str) -> None:
+        """Make a policy version current."""
+        publish_policy(
+            self._broker,
+            policy_version=policy_version,
+            optimizer_step=optimizer_step,
+            weights_path=weights_path,
+            processor_fingerprint=self._settings.processor_fingerprint,
+        )
+
+    def close(self) -> None:
+        self._broker.close()
+
+
+def claim_from_fields(optimizer_step: int, world_size: int, flat: Sequence[bytes]) -> StepClaim:
+    """Return the claim held by the fields of ``claim:<step>``, names and values in turn."""
+    fields = dict(zip(flat[0::2], flat[1::2], strict=True))
+    packs: list[tuple[ReadyPack, ...]] = []
+    for rank in range(world_size):
+        mine: list[ReadyPack] = []
+        while (raw := fields.get(f"p:{rank}:{len(mine)}".encode())) is not None:
+            mine.append(ReadyPack.from_body(codec.decode_map(raw)))
+        packs.append(tuple(mine))
+    kind = cast(Channel, fields[b"kind"].decode())
+    return StepClaim(
+        optimizer_step=optimizer_step,
+        kind=kind,
+        reason=cast(ClaimReason, fields[b"reason"].decode()),
+        policy_version=int(fields[b"policy_version"]),
+        packs=tuple(packs) if kind == "B" else (),
+        short_ranks=tuple(int(rank) for rank in fields[b"short"].split()),
+    )
+
+
+def _claim_lost(optimizer_step: int) -> RunStopped:
+    """Return why a learner must not go on: its last rollouts would be claimed, and trained, again."""
+    return RunStopped(
+        f"optimizer step {optimizer_step}: the broker no longer knows its claim, so it crashed and lost what "
+        "it had acknowledged; start again: the run goes on from its last checkpoint. With broker.durability "
+        "'always' (on a server of your own: appendfsync always) nothing acknowledged is lost"
+    )

@@ -1,0 +1,148 @@
+"""What the packer asks of the broker: descriptors, and the commit of packs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import broker_errors
+from broker_schemas.broker.keys import PACKER_GROUP
+from broker_schemas.errors import RecordError
+from broker_schemas.records import codec
+from broker_schemas.records.packs import MatchedDescriptor, ReadyPack
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingDescriptor:
+    """A descriptor the packer holds, with the stream entry that is acknowledged when it is packed."""
+
+    entry_id: bytes
+    descriptor: MatchedDescriptor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPack:
+    """A pack to commit for ``rank``: the pack and the stream entries of its segments, in order."""
+
+    rank: int
+    pack: ReadyPack
+    entry_ids: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCommit:
+    """What a commit did; ``gone`` names segments that were no longer pending (then nothing was changed)."""
+
+    num_packs: int = 0
+    num_stale: int = 0
+    num_overflow: int = 0
+    gone: tuple[str, ...] = ()
+
+
+@dataclass
+class PackerDoor:
+    """The packer's side of the broker. All methods raise BrokerError."""
+
+    broker: Broker
+    consumer: str = "packer"
+
+    def read(self, *, count: int, block_ms: int, own_pending: bool = False) -> list[PendingDescriptor]:
+        """Return up to ``count`` descriptors: new ones, or those held before a restart."""
+        stream = self.broker.keys.named("matched")
+        start = "0" if own_pending else ">"
+        with broker_errors("reading matched segments"):
+            reply = self.broker.client.xreadgroup(
+                PACKER_GROUP,
+                self.consumer,
+                {stream: start},
+                count=count,
+                block=None if own_pending else block_ms,
+            )
+        return self._decoded(reply)
+
+    def take_over(
+        self, *, start_id: bytes = b"0-0", count: int = 512
+    ) -> tuple[bytes, list[PendingDescriptor]]:
+        """Take what any other packer held: where to go on (``0-0`` at the end) and the descriptors."""
+        with broker_errors("taking over matched segments"):
+            reply = self.broker.client.xautoclaim(
+                self.broker.keys.named("matched"),
+                PACKER_GROUP,
+                self.consumer,
+                0,
+                start_id=start_id,
+                count=count,
+            )
+        return reply[0], self._rows(reply[1])
+
+    def _decoded(self, reply: object) -> list[PendingDescriptor]:
+        if not reply:
+            return []
+        batches = reply.values() if isinstance(reply, dict) else [batch for _, batch in reply]  # type: ignore[attr-defined]
+        found: list[PendingDescriptor] = []
+        for batch in batches:
+            rows = batch[0] if batch and isinstance(batch[0], list) else batch
+            found += self._rows(rows)
+        return found
+
+    def _rows(self, rows: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> list[PendingDescriptor]:
+        found: list[PendingDescriptor] = []
+        for entry_id, fields in rows:
+            if not fields:
+                continue
+            try:
+                descriptor = MatchedDescriptor.decode_body(fields.get(b"body", b""))
+            except RecordError:
+                record_id = fields.get(b"record_id", b"?").decode("utf-8", "replace")
+                self.drop([(entry_id, record_id)], reason="malformed_descriptor")
+                continue
+            found.append(PendingDescriptor(entry_id=entry_id, descriptor=descriptor))
+        return found
+
+    def commit(
+        self,
+        packs: Sequence[PlannedPack],
+        *,
+        oldest_policy_version: int,
+        queue_limit: int,
+        sealed_step: int = -1,
+    ) -> PackCommit:
+        """Commit all ``packs`` or none; ``sealed_step`` >= 0 says that they complete that optimizer step."""
+        arguments: list[str | int | bytes] = [
+            PACKER_GROUP,
+            oldest_policy_version,
+            queue_limit,
+            sealed_step,
+            len(packs),
+        ]
+        for planned in packs:
+            pack = planned.pack
+            arguments += [
+                planned.rank,
+                codec.encode_map(pack.to_body()),
+                pack.policy_version,
+                pack.pack_id,
+                len(pack.segment_ids),
+            ]
+            for entry_id, record_id in zip(planned.entry_ids, pack.segment_ids, strict=True):
+                arguments += [entry_id, record_id]
+        reply = self.broker.run("commit_pack", ["matched", "sealed", "open_step"], arguments)
+        if reply[0] == 0:
+            return PackCommit(gone=tuple(name.decode() for name in reply[1:]))
+        return PackCommit(num_packs=reply[1], num_stale=reply[2], num_overflow=reply[3])
+
+    def drop(self, entries: Sequence[tuple[bytes, str]], *, reason: str) -> int:
+        """Drop descriptors (entry id, record id) with a reason; return how many were still pending."""
+        arguments: list[str | int | bytes] = [PACKER_GROUP, reason, len(entries)]
+        for entry_id, record_id in entries:
+            arguments += [entry_id, record_id]
+        return int(self.broker.run("drop_matched", ["matched"], arguments))
+
+    def ready_depths(self, world_size: int) -> list[int]:
+        """Return how many packs wait for each rank."""
+        with broker_errors("reading queue depths"):
+            pipe = self.broker.client.pipeline(transaction=False)
+            for rank in range(world_size):
+                pipe.xlen(self.broker.keys.ready(rank))
+            return [int(depth) for depth in pipe.execute()]

@@ -1,0 +1,114 @@
+"""Requests for rollouts: asked for under a lease, run again when a producer dies, given up with a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import broker_errors
+from broker_schemas.records.records import NOT_STEP_BOUND, Purpose
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutRequest:
+    """One generation chunk: ``samples`` are (sample index, seed) pairs, one record each, in order.
+
+    ``evaluation_label`` names the evaluation the results belong to, empty for training.
+    """
+
+    request_id: str
+    samples: tuple[tuple[int, int], ...]
+    policy_version: int
+    purpose: Purpose = "train"
+    optimizer_step: int = NOT_STEP_BOUND
+
+    @property
+    def record_ids(self) -> tuple[str, ...]:
+        """Ids of the records it will make: the same whoever runs it, so a second run is a duplicate."""
+        return tuple(f"{self.request_id}.{index}" for index in range(len(self.samples)))
+
+    def to_spec(self) -> dict[str, Any]:
+        return {
+            "request_id": self.request_id,
+            "samples": [list(pair) for pair in self.samples],
+            "policy_version": self.policy_version,
+            "purpose": self.purpose,
+            "optimizer_step": self.optimizer_step,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> RolloutRequest:
+        return cls(
+            request_id=str(spec["request_id"]),
+            samples=tuple((int(index), int(seed)) for index, seed in spec["samples"]),
+            policy_version=int(spec["policy_version"]),
+            purpose=spec["purpose"],
+            optimizer_step=int(spec["optimizer_step"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReissuedRequest:
+    """A request whose lease ended; ``attempt`` counts from 2."""
+
+    request: RolloutRequest
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseSettings:
+    """``lease_ms`` without a sign of life, ``max_attempts`` before a request is given up."""
+
+    lease_ms: int = 30_000
+    max_attempts: int = 5
+
+
+def read_cursor(broker: Broker) -> int:
+    """Return how many samples have been asked for since the start of the run; raises BrokerError."""
+    with broker_errors("reading the data set position"):
+        return int(broker.client.hget(broker.keys.named("dispatch"), "cursor") or 0)
+
+
+def issue_requests(
+    broker: Broker, requests: Sequence[RolloutRequest], *, cursor: int, next_cursor: int, lease: LeaseSettings
+) -> bool:
+    """Open ``requests`` and move the data set position from ``cursor`` to ``next_cursor``, or do neither.
+
+    False: another dispatcher moved the position first. Raises BrokerError.
+    """
+    arguments: list[str | int] = [lease.lease_ms, cursor, next_cursor, len(requests)]
+    for request in requests:
+        arguments += [
+            request.request_id,
+            json.dumps(request.to_spec(), separators=(",", ":")),
+            len(request.samples),
+            " ".join(request.record_ids),
+            request.purpose,
+            request.optimizer_step,
+            request.policy_version,
+        ]
+    reply = broker.run("issue_requests", ["requests", "dispatch"], arguments)
+    return bool(reply[0])
+
+
+def renew_lease(broker: Broker, request_id: str, lease: LeaseSettings) -> bool:
+    """Prolong the lease; False when the request is closed and its records are no longer wanted."""
+    return bool(broker.run("renew_request", ["requests"], [request_id, lease.lease_ms]))
+
+
+def reissue_expired(broker: Broker, lease: LeaseSettings, *, at_most: int = 64) -> list[ReissuedRequest]:
+    """Open requests whose lease ended again, give up those out of attempts; raises BrokerError."""
+    flat = broker.run("reissue_requests", ["requests"], [lease.lease_ms, lease.max_attempts, at_most])
+    return [
+        ReissuedRequest(request=RolloutRequest.from_spec(json.loads(spec)), attempt=int(attempt))
+        for _, attempt, spec in zip(flat[0::3], flat[1::3], flat[2::3], strict=True)
+    ]
+
+
+def fail_request(broker: Broker, request_id: str, *, reason: str, detail: str) -> int:
+    """Give a request up; return how many records are accounted for as rejected by it."""
+    one_line = " ".join(detail.split())[:500]
+    return int(broker.run("fail_request", ["requests"], [request_id, reason, one_line]))

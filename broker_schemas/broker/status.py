@@ -1,0 +1,89 @@
+"""One look at a run: lengths, sums and versions, read in one round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import broker_errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenStep:
+    """The optimizer step for which rollouts are wanted (on-policy variants).
+
+    ``carried`` matched segments were there before it; ``sealed`` is 1 when its packs are complete.
+    """
+
+    optimizer_step: int
+    policy_version: int
+    num_rollouts: int
+    carried: int
+    sealed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStatus:
+    """Counts are records unless said otherwise. ``counters`` are the running sums of the log.
+
+    ``ready_versions`` are the policy versions of each rank's ready packs, where they were asked for.
+    """
+
+    policy_version: int
+    ready_depths: tuple[int, ...]
+    segments_waiting: int
+    matched_waiting: int
+    open_claims: int
+    counters: Mapping[str, int]
+    open_step: OpenStep | None
+    ready_versions: tuple[tuple[int, ...], ...] = ()
+
+    def total(self, name: str) -> int:
+        """Return a running sum, 0 where nothing was counted yet."""
+        return self.counters.get(name, 0)
+
+    def by_reason(self, name: str) -> dict[str, int]:
+        """Return the sums of ``dropped`` or ``rejected`` by reason."""
+        start = name + ":"
+        return {
+            key.removeprefix(start): value for key, value in self.counters.items() if key.startswith(start)
+        }
+
+    @property
+    def outstanding(self) -> int:
+        """Rollouts asked for and not yet matched, rejected or dropped."""
+        return self.total("open_records") + self.segments_waiting
+
+
+def read_status(broker: Broker, world_size: int, *, with_ready_versions: bool = False) -> RunStatus:
+    """Return the state of the run; raises BrokerError."""
+    keys = broker.keys
+    with broker_errors("reading the run's status"):
+        pipe = broker.client.pipeline(
+            transaction=True
+        )  # else a record that moves meanwhile counts twice or never
+        pipe.hget(keys.named("policy"), "version")
+        pipe.xlen(keys.named("segments"))
+        pipe.xlen(keys.named("matched"))
+        pipe.zcard(keys.named("claims"))
+        pipe.hgetall(keys.named("counters"))
+        pipe.hgetall(keys.named("open_step"))
+        for rank in range(world_size):
+            pipe.xlen(keys.ready(rank))
+        for rank in range(world_size if with_ready_versions else 0):
+            pipe.xrange(keys.ready(rank))
+        version, segments, matched, claims, counters, open_step, *ready = pipe.execute()
+    depths, packs = ready[:world_size], ready[world_size:]
+    return RunStatus(
+        policy_version=int(version) if version is not None else -1,
+        ready_depths=tuple(int(depth) for depth in depths),
+        segments_waiting=int(segments),
+        matched_waiting=int(matched),
+        open_claims=int(claims),
+        counters={name.decode(): int(value) for name, value in counters.items()},
+        open_step=OpenStep(**{name.decode(): int(value) for name, value in open_step.items()})
+        if open_step
+        else None,
+        ready_versions=tuple(tuple(int(fields[b"version"]) for _, fields in entries) for entries in packs),
+    )

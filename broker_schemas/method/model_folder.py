@@ -1,0 +1,78 @@
+"""Loading an ordinary Hugging Face folder: tiny models and real checkpoints take the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from broker_schemas.errors import DataError
+from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.method.prompt import load_tokenizer
+
+NEEDED_FILES: Final = ("config.json", "tokenizer.json", "preprocessor_config.json")
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+def resolve_model_dir(name_or_path: str | Path) -> Path:
+    """Return the folder of a model: a folder here, or a hub name whose files are in the local cache.
+
+    Nothing is downloaded. Raises DataError for anything else, or for a folder that lacks a needed file.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _cached_snapshot(str(name_or_path))
+    missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
+    if missing:
+        raise DataError(
+            f"model folder {folder}: got no {', '.join(missing)}, expected a Hugging Face folder of a Qwen "
+            "vision-language model; check the path, or download the checkpoint with all its files"
+        )
+    return folder
+
+
+def load_policy(model_dir: str | Path, dtype: str = "float32", *, attn_implementation: str = "sdpa") -> Any:
+    """Return the model in ``model_dir`` on the CPU, in ``dtype`` and evaluation mode.
+
+    Raises DataError for a folder that is no model, an unknown dtype, or coordinate tokens that lie outside
+    the logits [M-11].
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging as transformers_logging
+
+    if dtype not in DTYPES:
+        raise DataError(f"model dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    folder = resolve_model_dir(model_dir)
+    vocabulary = CoordVocabulary.from_token_to_id(load_tokenizer(folder).token_to_id)
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as exc:
+        raise DataError(
+            f"model folder {folder}: cannot be loaded ({exc}); download or save it again"
+        ) from exc
+    vocabulary.check_logits_width(logits_width(model))
+    return model.eval()
+
+
+def logits_width(model: Any) -> int:
+    """Return the number of logits that ``model`` gives for each position."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _cached_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError) as exc:
+        raise DataError(
+            f"model {name!r}: got neither a folder here nor a checkpoint in the Hugging Face cache; "
+            f"check the path, download it with 'hf download {name}', or make one with 'rollstream model tiny'"
+        ) from exc

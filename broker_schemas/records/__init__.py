@@ -1,0 +1,1 @@
+"""What crosses a process boundary, as values: records, packs, events, and the rules that judge them."""

@@ -1,0 +1,141 @@
+"""Descriptors, packs and claims: what says *which* segments train together, without their payload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from broker_schemas.records import codec
+from broker_schemas.records.body_fields import BodyReader
+from broker_schemas.records.records import NOT_STEP_BOUND, Channel
+
+ClaimReason = Literal[
+    "schedule",  # A, because the schedule says so
+    "claimed",  # B, with exactly its packs
+    "queue_short",  # A although B was scheduled: not every rank had its fresh packs
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedDescriptor:
+    """What the packer sees of a matched segment: no tokens, only what packing and freshness need."""
+
+    record_id: str
+    policy_version: int
+    encoded_length: int
+    sample_id: str
+    task: str
+    generated_at_ms: int
+    optimizer_step: int = NOT_STEP_BOUND
+
+    def encode_body(self) -> bytes:
+        return codec.encode_map(
+            {
+                "record_id": self.record_id,
+                "policy_version": self.policy_version,
+                "encoded_length": self.encoded_length,
+                "sample_id": self.sample_id,
+                "task": self.task,
+                "generated_at_ms": self.generated_at_ms,
+                "optimizer_step": self.optimizer_step,
+            }
+        )
+
+    @classmethod
+    def decode_body(cls, raw: bytes) -> MatchedDescriptor:
+        read = BodyReader(codec.decode_map(raw), "matched descriptor")
+        return cls(
+            record_id=read.text("record_id"),
+            policy_version=read.integer("policy_version", low=0),
+            encoded_length=read.integer("encoded_length", low=1),
+            sample_id=read.text("sample_id"),
+            task=read.text("task"),
+            generated_at_ms=read.integer("generated_at_ms", low=0),
+            optimizer_step=read.integer("optimizer_step", low=NOT_STEP_BOUND, default=NOT_STEP_BOUND),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyPack:
+    """One pack: its segments in insertion order and their encoded lengths (tokens).
+
+    ``policy_version`` is the lowest of its segments [Q-5]; ``fill`` = tokens / capacity.
+    """
+
+    pack_id: str
+    segment_ids: tuple[str, ...]
+    lengths: tuple[int, ...]
+    policy_version: int
+    fill: float
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def to_body(self) -> dict[str, Any]:
+        return {
+            "pack_id": self.pack_id,
+            "segment_ids": list(self.segment_ids),
+            "lengths": list(self.lengths),
+            "policy_version": self.policy_version,
+            "fill": self.fill,
+        }
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any], where: str = "pack") -> ReadyPack:
+        return cls(
+            pack_id=BodyReader(body, where).text("pack_id"),
+            segment_ids=tuple(str(item) for item in body["segment_ids"]),
+            lengths=tuple(BodyReader(body, where).int_list("lengths", low=1, high=1 << 31)),
+            policy_version=BodyReader(body, where).integer("policy_version", low=0),
+            fill=float(body["fill"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepClaim:
+    """The decision of rank 0 for one optimizer step: what every rank trains, the same however often asked.
+
+    ``packs[rank]`` are that rank's packs in micro-step order; empty for an A step.
+    ``num_segments`` counts the segments of the step over all ranks: the denominator of its loss.
+    ``policy_version`` is the current version when it was decided; ``short_ranks`` says which ranks kept a
+    scheduled B step from happening.
+    """
+
+    optimizer_step: int
+    kind: Channel
+    reason: ClaimReason
+    policy_version: int
+    packs: tuple[tuple[ReadyPack, ...], ...] = ()
+    short_ranks: tuple[int, ...] = ()
+
+    @property
+    def num_segments(self) -> int:
+        return sum(len(pack.segment_ids) for packs in self.packs for pack in packs)
+
+    @property
+    def segment_ids(self) -> tuple[str, ...]:
+        return tuple(name for packs in self.packs for pack in packs for name in pack.segment_ids)
+
+    def to_body(self) -> dict[str, Any]:
+        return {
+            "optimizer_step": self.optimizer_step,
+            "kind": self.kind,
+            "reason": self.reason,
+            "policy_version": self.policy_version,
+            "packs": [[pack.to_body() for pack in packs] for packs in self.packs],
+            "short_ranks": list(self.short_ranks),
+        }
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> StepClaim:
+        read = BodyReader(body, "claim")
+        return cls(
+            optimizer_step=read.integer("optimizer_step", low=0),
+            kind=read.choice("kind", ("A", "B")),
+            reason=read.choice("reason", ("schedule", "claimed", "queue_short")),
+            policy_version=read.integer("policy_version", low=0),
+            packs=tuple(tuple(ReadyPack.from_body(pack) for pack in packs) for packs in body["packs"]),
+            short_ranks=tuple(read.int_list("short_ranks", low=0, high=1 << 20)),
+        )

@@ -1,0 +1,64 @@
+"""`rollstream bench`: the budgets of the design, measured as ratios in one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True)
+Quick = Annotated[bool, typer.Option(help="a short look instead of a measurement")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+Seed = Annotated[int, typer.Option(help="seed")]
+
+
+def _report(run: Callable[..., Any], seed: int, quick: bool, as_json: bool) -> None:
+    report = run(seed=seed, quick=quick)
+    console = Console(soft_wrap=as_json)
+    if as_json:
+        console.print_json(json.dumps(report.to_json()))
+    else:
+        console.print(report.render())
+
+
+@app.command()
+def packing(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """Fill and time of the pack selectors."""
+    from rollstream.bench.packing import run_packing_bench
+
+    _report(run_packing_bench, seed, quick, as_json)
+
+
+@app.command()
+def matching(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """Rollouts a second of parsing, matching, targets and building."""
+    from rollstream.bench.matching import run_matching_bench
+
+    _report(run_matching_bench, seed, quick, as_json)
+
+
+@app.command()
+def queue(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """The broker's share: throughput against bare Redis commands, memory, bytes, latency, growth."""
+    from rollstream.bench.queue import run_queue_bench
+
+    _report(run_queue_bench, seed, quick, as_json)
+
+
+@app.command()
+def pipeline(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """The learner's idle share, and steps a second against the same work on policy."""
+    from rollstream.bench.pipeline import run_pipeline_bench
+
+    _report(run_pipeline_bench, seed, quick, as_json)
+
+
+@app.command()
+def rollout(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> None:
+    """Tokens a second of both rollout backends, and the time of a weight sync; starts vLLM servers."""
+    from rollstream.bench.rollout import run_rollout_bench
+
+    _report(run_rollout_bench, seed, quick, as_json)

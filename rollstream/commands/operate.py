@@ -1,0 +1,74 @@
+"""`rollstream prepare`, `export`, `dashboards`, `doctor`: what stands around a run, and is it well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from configs import load_config
+
+ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    for command in (prepare, export, dashboards, doctor):
+        app.command()(command)
+
+
+def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Put the demo's data and model where the configuration looks for them, unless something is there."""
+    from rollstream.commands.preparing import prepare_inputs
+
+    console = Console(soft_wrap=True, highlight=False)
+    for line in prepare_inputs(load_config(config, tuple(overrides or ()))):
+        console.print(line, markup=False)
+
+
+def export(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    index: Annotated[int, typer.Option(help="number of this process among those of its role")] = 0,
+) -> None:
+    """Run the exporter: shows Prometheus what only the broker knows."""
+    from rollstream.watch.export import run_exporter
+    from rollstream.wiring.access import log_to_stderr
+
+    loaded = load_config(config, tuple(overrides or ()))
+    log_to_stderr(loaded.run.name, "export", index)
+    run_exporter(loaded, index)
+
+
+def dashboards(
+    root: Annotated[Path, typer.Argument(help="the project's root")] = Path(),
+    check: Annotated[bool, typer.Option(help="write nothing; exit status 1 when a file is old")] = False,
+) -> None:
+    """Write the Grafana dashboards and docs/METRICS.md from the code."""
+    from rollstream.watch.dashboards import outdated_files, write_generated
+
+    found = outdated_files(root) if check else write_generated(root)
+    console = Console(soft_wrap=True, highlight=False)
+    for path in found:
+        console.print(f"{'old' if check else 'wrote'} {path}", markup=False)
+    if check and found:
+        raise typer.Exit(1)
+
+
+def doctor(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check everything that a run needs, and say what to change; exit status 1 when something fails."""
+    from rollstream.doctor.examining import examine, render_findings
+
+    findings = examine(load_config(config, tuple(overrides or ())))
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps([finding.to_json() for finding in findings]))
+    else:
+        console.print(render_findings(findings))
+    if any(finding.verdict == "fail" for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,67 @@
+"""`rollstream gc`, `replay`: what a run's queue left behind, in the broker and in the archive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+RunPath = Annotated[Path, typer.Argument(help="folder of the run, runs/<name>")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command("gc")(collect)
+    app.command()(replay)
+
+
+def collect(
+    run: RunPath,
+    force: Annotated[bool, typer.Option(help="also while a stack uses the run")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete every key of a run from its broker, RQ's included; folder and archive stay."""
+    from rollstream.history.gc import collect_run
+
+    done = collect_run(run, force=force)
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps({"num_keys": done.num_keys, "num_file_bytes": done.num_file_bytes}))
+    else:
+        console.print(f"deleted {done.num_keys} keys and {done.num_file_bytes} bytes of broker files")
+
+
+def replay(
+    run: RunPath,
+    from_step: Annotated[
+        int | None, typer.Option(help="start from the run's checkpoint of this step")
+    ] = None,
+    to_step: Annotated[int | None, typer.Option(help="end before this step; default: all archived")] = None,
+    packing_selector: Annotated[
+        str | None, typer.Option(help="pack each step's segments again: exact, binpacking, fifo")
+    ] = None,
+    loss: Annotated[
+        list[str] | None, typer.Option(help="another loss setting, key=value; may repeat")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train again from the archived log and compare; unchanged, it must be equal to the bit."""
+    from rollstream.history.replay import ReplayOptions, replay_run
+
+    options = ReplayOptions(
+        first_step=from_step,
+        end_step=to_step,
+        packing_selector=packing_selector,
+        loss=tuple(loss or ()),
+    )
+    report = replay_run(run, options)
+    if as_json:
+        Console(soft_wrap=True).print_json(json.dumps(report.to_json()))
+    else:
+        Console(highlight=False).print(report.render())
+    if not report.changes and not report.is_equal:
+        raise typer.Exit(1)

@@ -1,0 +1,180 @@
+"""`rollstream up`, `demo`, `eval`, `audit`, `top`, `report`: running and looking at runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from configs import load_config
+from rollstream.run_folder import RunFolder
+
+RunPath = Annotated[Path, typer.Argument(help="folder of the run, runs/<name>")]
+ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
+PIPED_COLUMNS = 160
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    for command in (up, down, demo, smoke, audit, top, report, inspect):
+        app.command()(command)
+    app.command("eval")(evaluate)
+
+
+def _table_console() -> Console:
+    """Return a console for tables: as wide as the terminal, wide enough for whole ids where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=PIPED_COLUMNS)
+
+
+def up(
+    config: ConfigPath,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps, instead of training.max_steps")] = None,
+    producers: Annotated[int | None, typer.Option(help="producer processes")] = None,
+    matchers: Annotated[int | None, typer.Option(help="matcher processes")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run the whole stack on this machine; Ctrl-C stops all of it, the same command goes on with it."""
+    from rollstream.models.run_model import make_described_model
+    from rollstream.stack.running import StackOptions, run_stack
+
+    console = Console(soft_wrap=False)
+    given = tuple(overrides or ())
+    options = StackOptions(steps=steps, producers=producers, matchers=matchers, overrides=given)
+    loaded = load_config(config, given)
+    make_described_model(loaded)
+    result = run_stack(config, loaded, options)
+    if result.reason:
+        console.print(result.reason, markup=False)
+    if result.exit_status:
+        raise typer.Exit(result.exit_status)
+
+
+def demo(
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 48,
+    output_dir: Annotated[Path, typer.Option(help="folder of runs")] = Path("runs"),
+) -> None:
+    """Train the shipped checkpoint on the scenes data, asynchronously, and write a report."""
+    from rollstream.commands.demo import run_demo
+
+    status = run_demo(steps=steps, output_dir=output_dir)
+    if status:
+        raise typer.Exit(status)
+
+
+def smoke(
+    config: ConfigPath,
+    num_samples: Annotated[int, typer.Option(help="training samples")] = 16,
+    overrides: Overrides = None,
+) -> None:
+    """Look at the method once: greedy rollouts of a few samples, matched; counters and worked examples."""
+    from rollstream.models.run_model import make_described_model
+    from rollstream.show.smoke import run_smoke
+
+    loaded = load_config(config, tuple(overrides or ()))
+    make_described_model(loaded)
+    result = run_smoke(loaded, num_samples=num_samples)
+    console = Console(soft_wrap=True, highlight=False)
+    for name, count in {**result.counters, **result.rejections}.items():
+        console.print(f"{name:28} {count}")
+    console.print(f"artefacts: {result.folder}", markup=False)
+
+
+def evaluate(
+    config: ConfigPath,
+    model: Annotated[
+        Path | None, typer.Option(help="model folder; default: the run's latest checkpoint")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="also write evaluation-<label>.json to the run")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="validation images, the first ones")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a model on the validation set: precision, recall, F1 and COCO mAP."""
+    from rollstream.evaluation.evaluating import evaluate_run
+
+    metrics = evaluate_run(
+        load_config(config, tuple(overrides or ())), model=model, label=label, num_samples=num_samples
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps(metrics))
+    else:
+        for name, value in metrics.items():
+            console.print(f"{name:34} {value:.4f}" if isinstance(value, float) else f"{name:34} {value}")
+
+
+def audit(
+    run: RunPath,
+    step: Annotated[int | None, typer.Option(help="show which rollouts trained this optimizer step")] = None,
+    sample: Annotated[str | None, typer.Option(help="show what became of this sample's rollouts")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that every rollout asked for is accounted for; the sums are kept as audit.json."""
+    from rollstream.history.audit import render_audit, render_sample, render_step
+    from rollstream.history.auditing import audit_run, keep_audit
+
+    result = audit_run(run)
+    keep_audit(run, result)
+    console = _table_console()
+    if as_json:
+        console.print_json(json.dumps(result.to_json()))
+    elif step is not None:
+        console.print(render_step(result, step))
+    elif sample is not None:
+        console.print(render_sample(result, sample))
+    else:
+        console.print(render_audit(result))
+    if not result.balanced:
+        raise typer.Exit(1)
+
+
+def inspect(
+    run: RunPath,
+    record_id: Annotated[str, typer.Argument(help="id of a rollout, as the audit shows it")],
+    picture: Annotated[Path | None, typer.Option(help="also draw it into this PNG file")] = None,
+) -> None:
+    """Show one rollout: its prefix, objects, reasons, matches, targets and masks."""
+    from rollstream.show.inspecting import inspect_run
+
+    inspect_run(run, record_id, picture=picture, console=Console())
+
+
+def down(run: RunPath) -> None:
+    """Stop the running stack of a run folder, in order, and wait for it."""
+    from rollstream.commands.stopping import stop_stack
+
+    Console().print(stop_stack(RunFolder.existing(run)), markup=False)
+
+
+def top(
+    run: RunPath,
+    once: Annotated[bool, typer.Option(help="print one picture and end")] = False,
+) -> None:
+    """Watch a run: depths, lag, rates, who waits on whom; q or Ctrl-C ends it."""
+    from rollstream.watch.live_screen import watch
+    from rollstream.watch.live_table import LiveView
+
+    view = LiveView(RunFolder.existing(run))
+    console = Console()
+    if once or not console.is_terminal:
+        console.print(view.render(int(time.time() * 1000)))
+        return
+    watch(console, lambda: view.render(int(time.time() * 1000)))
+
+
+def report(run: RunPath) -> None:
+    """Write the report of a run as one HTML page and show its numbers."""
+    from rollstream.show.report import build_report, render_terminal, write_report
+
+    folder = RunFolder.existing(run)
+    path = write_report(folder)
+    console = Console()
+    console.print(render_terminal(build_report(folder)))
+    console.print(f"report: {path}", markup=False)

@@ -1,5 +1,0 @@
-"""The Grafana dashboards as code: what is asked, and how it is laid out."""
-
-from rollstream.dashboards.files import generated_files, outdated_files, write_generated
-
-__all__ = ["generated_files", "outdated_files", "write_generated"]

@@ -1,0 +1,1 @@
+"""Data sets: importers, and drawn scenes."""

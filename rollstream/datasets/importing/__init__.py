@@ -1,0 +1,6 @@
+"""Foreign data sets to rollstream's JSONL: readers of VOC, COCO and labelme, conversion and writing."""
+
+from rollstream.datasets.importing.importer import import_dataset
+from rollstream.datasets.importing.report import ImportProblem, ImportSummary, describe_summary
+
+__all__ = ["ImportProblem", "ImportSummary", "describe_summary", "import_dataset"]

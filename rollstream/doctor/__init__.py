@@ -1,0 +1,1 @@
+"""What would go wrong with a run, said before it starts."""

@@ -1,0 +1,1 @@
+"""Rollouts of a model folder on the validation set, and their metrics."""

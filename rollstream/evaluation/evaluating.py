@@ -1,0 +1,47 @@
+"""`rollstream eval`: finds the model, evaluates it, shows progress and keeps the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from configs import RunConfig
+from learner.checkpoints import latest_checkpoint
+from rollstream.evaluation.evaluation import Evaluator, write_evaluation
+from rollstream.wiring import access
+
+
+def evaluate_run(
+    config: RunConfig, *, model: Path | None, label: str | None, num_samples: int | None
+) -> dict[str, float]:
+    """Return the metrics of ``model``: a folder, else the run's latest checkpoint, else its start model."""
+    import torch
+
+    torch.set_num_threads(max(1, config.training.num_threads))
+    folder = access.run_folder(config)
+    checkpoint = latest_checkpoint(folder.checkpoints_dir)
+    chosen = model or checkpoint or access.model_dir(config)
+    evaluator = Evaluator(config, num_samples=num_samples)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"evaluating {chosen}", total=None)
+        evaluation = evaluator.evaluate_folder(
+            chosen, progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    if label is not None:
+        jsonl = config.data.val_jsonl or ""
+        write_evaluation(
+            folder.evaluation(label),
+            evaluation,
+            label=label,
+            optimizer_step=steps_of(chosen),
+            root=access.data_root(config, jsonl),
+        )
+    return evaluation.metrics
+
+
+def steps_of(folder: Path) -> int:
+    """Return the optimizer steps that a checkpoint folder names, 0 for a start model."""
+    name, _, number = folder.name.rpartition("-")
+    return int(number) if name == "checkpoint" and number.isdigit() else 0

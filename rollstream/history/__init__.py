@@ -1,0 +1,1 @@
+"""The log of a run: archive, audit, replay, and its removal."""

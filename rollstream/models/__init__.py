@@ -1,0 +1,1 @@
+"""Model folders: tiny ones with random weights, and the shipped checkpoint."""

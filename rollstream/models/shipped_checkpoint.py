@@ -1,0 +1,85 @@
+"""Turns the end of a warm start into the small checkpoint that the repository ships [`make assets`].
+
+``python -m rollstream.models.shipped_checkpoint CONFIG DST``: weights in bfloat16, tokenizer, processor, and
+beside them ``trained.json``, which says how the checkpoint was made and how good it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+
+from broker_schemas.errors import DataError
+from broker_schemas.method.model_folder import load_policy
+from configs import RunConfig, load_config
+from learner.checkpoints import latest_checkpoint, save_model_folder
+from rollstream.evaluation.evaluating import evaluate_run, steps_of
+from rollstream.run_folder import Row, latest_steps, read_json_lines
+from rollstream.staged_folder import staged_folder
+from rollstream.wiring import access
+
+MAKER: Final = "shipped-checkpoint"
+LARGEST_BYTES: Final = 12_000_000
+RECORD_FILE: Final = "trained.json"
+SCORES: Final = ("eval_rollout_f1", "eval_rollout_precision", "eval_rollout_recall", "eval_rollout_map")
+
+
+def ship_checkpoint(config: RunConfig, destination: Path, *, commands: Sequence[str]) -> dict[str, Any]:
+    """Write the latest checkpoint of ``config``'s run to ``destination``, evaluate it and return its record.
+
+    The record says what the shipped weights reach, after rounding to bfloat16.
+    Raises DataError without a checkpoint, above LARGEST_BYTES, or over a folder that is not ours.
+    """
+    folder = access.run_folder(config)
+    checkpoint = latest_checkpoint(folder.checkpoints_dir)
+    if checkpoint is None:
+        raise DataError(
+            f"{folder.checkpoints_dir}: no checkpoint; run 'rollstream learn' with this file first"
+        )
+    steps = steps_of(checkpoint)
+    with staged_folder(destination, MAKER, {"run": config.run.name, "optimizer_steps": steps}) as staging:
+        save_model_folder(load_policy(checkpoint, "bfloat16"), staging, access.model_dir(config))
+        size = sum(path.stat().st_size for path in staging.iterdir())
+        if size > LARGEST_BYTES:
+            raise DataError(f"{checkpoint}: got {size} bytes to ship, expected at most {LARGEST_BYTES}")
+        metrics = evaluate_run(config, model=staging, label=None, num_samples=None)
+        rows = latest_steps(read_json_lines(folder.train_log))
+        record = training_record(config, rows[:steps], metrics, commands=commands)
+        (staging / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def training_record(
+    config: RunConfig, rows: Sequence[Row], metrics: dict[str, float], *, commands: Sequence[str]
+) -> dict[str, Any]:
+    """Return how a checkpoint was made: commands, seed, steps, time spent in steps, and its scores."""
+    return {
+        "commands": list(commands),
+        "seed": config.run.seed,
+        "optimizer_steps": len(rows),
+        "training_s": round(sum(float(row["step_s"]) for row in rows), 1),
+        "validation_set": config.data.val_jsonl,
+        "scores": {name: round(float(metrics[name]), 4) for name in SCORES},
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    config_path, destination, *commands = arguments
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        record = ship_checkpoint(load_config(Path(config_path)), Path(destination), commands=commands)
+    except DataError as exc:
+        Console(stderr=True, soft_wrap=True).print(f"shipped checkpoint: {exc}", markup=False)
+        return 2
+    console.print(f"{shlex.quote(destination)}: {json.dumps(record['scores'])}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

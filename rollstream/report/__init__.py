@@ -1,9 +1,0 @@
-"""The report of a run: read from its folder, shown as one HTML page and in the terminal."""
-
-from rollstream.report.data import ReportData
-from rollstream.report.gathering import build_report
-from rollstream.report.page import render_html
-from rollstream.report.terminal import render_terminal
-from rollstream.report.writing import write_report
-
-__all__ = ["ReportData", "build_report", "render_html", "render_terminal", "write_report"]

@@ -1,0 +1,1 @@
+"""The local stack: its plan, its processes, and the hand that restarts them."""

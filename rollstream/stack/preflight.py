@@ -1,0 +1,44 @@
+"""Finds what would fail a stack later, before anything is started or written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from broker_schemas.broker.connection import check_server, open_redis
+from broker_schemas.errors import BrokerUnavailable, DataError
+from configs import RunConfig
+from rollstream.stack.embedded_redis import find_redis_server
+from rollstream.stack.ports_in_use import check_ports_free
+from rollstream.stack.scrape_targets import metrics_ports
+from rollstream.wiring import access
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Find what would fail later, before anything is written; raises ConfigError, DataError, BrokerError."""
+    data = config.data
+    for key, path in (("data.train_jsonl", data.train_jsonl), ("data.val_jsonl", data.val_jsonl)):
+        if path is not None and not Path(path).is_file():
+            raise DataError(
+                f"{key}: no file {path}; correct the path (it is relative to the working directory, "
+                f"{Path.cwd()}), or make the data with 'rollstream data import' or 'rollstream data scenes'"
+            )
+        if path is not None:
+            access.read_samples(config, path, check_images=True)
+    if config.model.name_or_path is not None:
+        access.model_dir(config)
+    if config.metrics.base_port:
+        check_ports_free(config.metrics.host, {port: str(name) for name, port in metrics_ports(config)})
+    if config.broker.url is None:
+        find_redis_server()
+        return
+    address = dataclasses.replace(access.broker_address(config), retries=1)
+    client = open_redis(address, socket_timeout_s=5.0)
+    try:
+        check_server(client, address)
+    except BrokerUnavailable as exc:
+        raise BrokerUnavailable(
+            f"{exc}; start that server, correct broker.url, or leave it out for an embedded one"
+        ) from exc
+    finally:
+        client.close()

@@ -1,0 +1,1 @@
+"""The tuning grid: its cells, their runs, and the page that compares them."""

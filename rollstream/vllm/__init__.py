@@ -1,0 +1,1 @@
+"""The vLLM servers of a run: their plan, start and end."""

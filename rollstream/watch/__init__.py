@@ -1,0 +1,1 @@
+"""A run while it runs: exporter, broker snapshot, live table, dashboards."""

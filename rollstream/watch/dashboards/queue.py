@@ -1,0 +1,185 @@
+"""Queue: depth, lag, drops, ages, skips."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rollstream.watch.dashboards.panels import Dashboard, Panel, Query, Row
+from rollstream.watch.dashboards.queries import mean, quantile, rank_rate, series, sum_rate
+
+_DEPTH = Row(
+    "Depth and age",
+    (
+        Panel(
+            title="Ready depth of each rank",
+            meaning="Packs that wait for a learner rank.",
+            queries=(Query(series("rollstream_ready_depth_packs"), "rank {{rank}}"),),
+        ),
+        Panel(
+            title="Length of the streams",
+            meaning="Entries. events are trimmed behind the archive; rejected is bounded.",
+            queries=(Query(series("rollstream_stream_length_records"), "{{stream}}"),),
+        ),
+        Panel(
+            title="Age of the oldest entry",
+            meaning="How long the oldest has waited; 0 for an empty stream.",
+            unit="s",
+            queries=(Query(series("rollstream_oldest_waiting_seconds"), "{{stream}}"),),
+        ),
+        Panel(
+            title="Rollouts on their way",
+            meaning="In flight: asked for, did not come yet. Outstanding: not matched yet.",
+            queries=(
+                Query(series("rollstream_in_flight_rollouts"), "in flight"),
+                Query(series("rollstream_outstanding_rollouts"), "outstanding"),
+            ),
+        ),
+        Panel(
+            title="Open claims and packer's buffer",
+            meaning="Steps claimed and not covered by a checkpoint; segments the packer holds.",
+            queries=(
+                Query(series("rollstream_open_claims_steps"), "open claims"),
+                Query(series("rollstream_pack_buffer_segments"), "pack buffer"),
+            ),
+        ),
+        Panel(
+            title="Consumer groups",
+            meaning="Lag: not handed out. Pending: handed out, not settled.",
+            queries=(
+                Query(series("rollstream_group_lag_records"), "{{group}} lag"),
+                Query(series("rollstream_group_pending_records"), "{{group}} pending"),
+            ),
+        ),
+    ),
+)
+
+_LAG = Row(
+    "Version lag",
+    (
+        Panel(
+            title="Mean lag at each stage",
+            meaning="Policy versions behind; above the window nothing may be trained on.",
+            queries=(
+                Query(mean("rollstream_lag_versions", by="stage"), "{{stage}}"),
+                Query(series("rollstream_version_window_versions"), "window"),
+            ),
+        ),
+        Panel(
+            title="Lag of trained segments",
+            meaning="As the learner counts it, by segment.",
+            queries=(
+                Query(mean("rollstream_learner_claim_lag_versions", over="max"), "mean"),
+                Query(quantile(0.9, "rollstream_learner_claim_lag_versions"), "p90"),
+            ),
+        ),
+        Panel(
+            title="Policy versions",
+            meaning="In force, and the newest that producers use.",
+            queries=(
+                Query(series("rollstream_policy_version_count"), "in force"),
+                Query(f"max({series('rollstream_producer_policy_version_count')})", "newest in use"),
+                Query(f"min({series('rollstream_producer_policy_version_count')})", "oldest in use"),
+            ),
+        ),
+    ),
+)
+
+_LOST = Row(
+    "Drops, skips, rejections",
+    (
+        Panel(
+            title="Dropped rollouts by reason",
+            meaning="Rollouts a second that will not be trained.",
+            unit="ops",
+            is_stacked=True,
+            queries=(Query(sum_rate("rollstream_dropped_rollouts_total", by="reason"), "{{reason}}"),),
+        ),
+        Panel(
+            title="Dropped packs by reason",
+            meaning="Packs a second that the packer's commits pushed out.",
+            unit="ops",
+            queries=(Query(sum_rate("rollstream_packer_dropped_packs_total", by="reason"), "{{reason}}"),),
+        ),
+        Panel(
+            title="B steps skipped by reason",
+            meaning="Steps a second that became A.",
+            unit="ops",
+            queries=(
+                Query(rank_rate("rollstream_b_step_skipped_due_to_queue_total", by="reason"), "{{reason}}"),
+            ),
+        ),
+        Panel(
+            title="Rejected rollouts by reason",
+            meaning="Rollouts a second; raw bytes and reason stand in the stream rejected.",
+            unit="ops",
+            is_stacked=True,
+            queries=(Query(sum_rate("rollstream_rejected_rollouts_total", by="reason"), "{{reason}}"),),
+        ),
+        Panel(
+            title="Came twice, came late",
+            meaning="Recognised by their id; both do no harm.",
+            unit="ops",
+            queries=(
+                Query(sum_rate("rollstream_duplicate_rollouts_total"), "duplicates"),
+                Query(sum_rate("rollstream_late_rollouts_total"), "late"),
+                Query(sum_rate("rollstream_rollouts_total", by="status"), "pushed: {{status}}"),
+            ),
+        ),
+        Panel(
+            title="Share dropped",
+            meaning="Dropped of pushed, over five minutes; the alert is at a tenth.",
+            unit="percentunit",
+            queries=(Query(series("rollstream:drop_share:ratio5m"), "dropped"),),
+        ),
+    ),
+)
+
+_WORK = Row(
+    "Requests and upkeep",
+    (
+        Panel(
+            title="Requests",
+            meaning="Rollouts asked for a second, requests run again after a lease ended, given up.",
+            unit="ops",
+            queries=(
+                Query(sum_rate("rollstream_rollouts_requested_total"), "rollouts asked for"),
+                Query(sum_rate("rollstream_requests_reissued_total"), "requests run again"),
+                Query(sum_rate("rollstream_requests_failed_total", by="reason"), "given up: {{reason}}"),
+            ),
+        ),
+        Panel(
+            title="Generation",
+            meaning="Seconds for one chunk, and failures to load new weights.",
+            unit="s",
+            queries=(
+                Query(quantile(0.5, "rollstream_generation_seconds"), "p50"),
+                Query(quantile(0.9, "rollstream_generation_seconds"), "p90"),
+                Query(series("rollstream:sync_failures:increase5m"), "sync failures in 5 min"),
+            ),
+        ),
+        Panel(
+            title="Group idle, archive behind",
+            meaning="Seconds since any consumer asked; seconds of log not archived yet.",
+            unit="s",
+            queries=(
+                Query(series("rollstream_group_idle_seconds"), "{{group}} idle"),
+                Query(series("rollstream_archive_behind_seconds"), "archive behind"),
+            ),
+        ),
+        Panel(
+            title="Archive",
+            meaning="Events a second and size on disk.",
+            queries=(
+                Query(sum_rate("rollstream_archived_events_total"), "events/s"),
+                Query(f"{series('rollstream_archive_size_bytes')} / 1e6", "MB"),
+            ),
+        ),
+    ),
+)
+
+QUEUE: Final = Dashboard(
+    uid="rollstream-queue",
+    title="rollstream: queue",
+    meaning="Depth, lag, drops, ages and skips of the asynchronous queue.",
+    rows=(_DEPTH, _LAG, _LOST, _WORK),
+)
