@@ -1,45 +1,5 @@
-"""Says which optimizer steps are rollout steps; depends on the step alone, so a resume changes nothing."""
+"""The rule of the schedule under the name that others rely on; it stands in ``broker_schemas.records``."""
 
-from __future__ import annotations
+from broker_schemas.records.schedule import InvalidRatio, is_rollout_step
 
-from decimal import Decimal, InvalidOperation
-from fractions import Fraction
-from functools import lru_cache
-
-
-class InvalidRatio(ValueError):
-    """A `b_ratio` that is no exact number in [0, 1]."""
-
-
-def is_rollout_step(optimizer_step: int, b_ratio: str | Decimal | Fraction | int) -> bool:
-    """Return whether optimizer step `optimizer_step` (from 0) is a B step: floor((s+1)r) > floor(s r),
-    exactly.
-
-    `b_ratio` is r in [0, 1] as a decimal string, `Decimal`, `Fraction` or whole number; a float is refused,
-    because 0.29 as a float is not 29/100 and the schedule would drift. Among any 1/r steps in a row the B
-    steps are spread as evenly as can be; of the first n steps exactly floor(n r) are B. Raises
-    `InvalidRatio`, and `ValueError` for a negative step.
-    """
-    if optimizer_step < 0:
-        raise ValueError(f"optimizer_step: got {optimizer_step}, expected 0 or more")
-    numerator, denominator = _exact_ratio(b_ratio)
-    return (optimizer_step + 1) * numerator // denominator > optimizer_step * numerator // denominator
-
-
-# typed: 0.5 and Decimal("0.5") are equal and hash alike, and the float must not find the other's entry
-@lru_cache(maxsize=64, typed=True)
-def _exact_ratio(b_ratio: str | Decimal | Fraction | int) -> tuple[int, int]:
-    if not isinstance(b_ratio, str | Decimal | Fraction | int) or isinstance(b_ratio, bool):
-        raise InvalidRatio(
-            f"stage2_ab.schedule.b_ratio: got {b_ratio!r} ({type(b_ratio).__name__}), expected a decimal "
-            "string such as '0.29', a Decimal or a Fraction; a float is not exact"
-        )
-    try:
-        ratio = Fraction(Decimal(b_ratio)) if isinstance(b_ratio, str) else Fraction(b_ratio)
-    except (InvalidOperation, ValueError, OverflowError) as exc:
-        raise InvalidRatio(
-            f"stage2_ab.schedule.b_ratio: got {b_ratio!r}, expected a decimal number from 0 to 1"
-        ) from exc
-    if not 0 <= ratio <= 1:
-        raise InvalidRatio(f"stage2_ab.schedule.b_ratio: got {b_ratio!r}, expected a value from 0 to 1")
-    return ratio.numerator, ratio.denominator
+__all__ = ["InvalidRatio", "is_rollout_step"]

@@ -34,6 +34,7 @@ from fractions import Fraction
 from typing import Literal
 
 from broker_schemas.records.freshness import oldest_allowed
+from broker_schemas.records.schedule import next_rollout_step, num_rollout_steps
 
 DemandLimit = Literal["aim", "freshness", "aim_reached", "freshness_reached"]
 
@@ -210,9 +211,8 @@ def _aim_level(state: DemandState, settings: DemandSettings) -> int:
 def _scheduled_packs(start_step: int, end_step: int, settings: DemandSettings) -> int:
     if end_step <= start_step:
         return 0
-    numerator, denominator = settings.b_ratio.numerator, settings.b_ratio.denominator
-    num_rollout_steps = end_step * numerator // denominator - start_step * numerator // denominator
-    return num_rollout_steps * settings.gradient_accumulation_steps
+    before, by_then = (num_rollout_steps(step, settings.b_ratio) for step in (start_step, end_step))
+    return (by_then - before) * settings.gradient_accumulation_steps
 
 
 def _one_step(state: DemandState, settings: DemandSettings) -> int:
@@ -229,10 +229,7 @@ def claimable_packs(
     ``ready_versions`` are the policy versions of each rank's packs. Those that will be stale by then are no
     supply: counted as such, they would leave that step short.
     """
-    numerator, denominator = settings.b_ratio.numerator, settings.b_ratio.denominator
-    # step t is the k-th rollout step iff floor((t + 1) r) = k > floor(t r), that is t = ceil(k / r) - 1
-    next_one = next_claim_step * numerator // denominator + 1
-    claim_step = -(-next_one * denominator // numerator) - 1
+    claim_step = next_rollout_step(next_claim_step, settings.b_ratio)
     oldest = oldest_allowed(claim_step // settings.sync_every_steps, settings.version_window)
     return tuple(sum(version >= oldest for version in versions) for versions in ready_versions)
 

@@ -129,6 +129,7 @@ def test_cores_of_consumers_and_learner_load_no_redis() -> None:
         "producers.demand",
         "producers.chunking",
         "broker_schemas.records.freshness",
+        "broker_schemas.records.schedule",
         "broker_schemas.records.records",
     ]
     runs_alone(f"import {', '.join(names)}, sys; assert 'redis' not in sys.modules")

@@ -10,7 +10,6 @@ from rollstream.show.report.counting import (
     key_numbers,
     number,
     rate_per_s,
-    scheduled_b_steps,
 )
 from tests.run_folder_builders import START_MS, make_sample, make_step
 
@@ -36,7 +35,8 @@ def test_realised_and_scheduled_b_steps_and_skips_are_counted_by_hand() -> None:
     "ratio,num_steps,expected", [("0", 10, 0), ("1", 10, 10), ("0.29", 100, 29), ("0.1", 9, 0)]
 )
 def test_the_schedule_reads_its_ratio_as_an_exact_decimal(ratio: str, num_steps: int, expected: int) -> None:
-    assert scheduled_b_steps(range(num_steps), ratio) == expected
+    steps = [make_step(optimizer_step) for optimizer_step in range(num_steps)]
+    assert key_numbers(steps, [], b_ratio=ratio).num_scheduled_b_steps == expected
 
 
 def test_idle_share_and_token_rate_come_from_the_logged_seconds() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker_schemas.records.schedule import next_rollout_step, num_rollout_steps
 from learner.schedule import InvalidRatio, is_rollout_step
 
 
@@ -86,3 +87,23 @@ def test_a_float_is_refused_even_when_an_equal_exact_ratio_was_seen(ratio: objec
 def test_a_negative_step_is_refused() -> None:
     with pytest.raises(ValueError, match="optimizer_step: got -1, expected 0 or more"):
         is_rollout_step(-1, "0.5")
+
+
+@pytest.mark.req("S-1")
+@given(numerator=st.integers(1, 60), denominator=st.integers(60, 90), start=st.integers(0, 10**9))
+@settings(max_examples=200, deadline=None)
+def test_counting_and_looking_ahead_agree_with_the_rule_step_by_step(
+    numerator: int, denominator: int, start: int
+) -> None:
+    ratio = Fraction(numerator, denominator)
+    steps = range(start, start + 100)
+
+    num_b_steps = num_rollout_steps(start + 100, ratio) - num_rollout_steps(start, ratio)
+
+    assert num_b_steps == sum(is_rollout_step(step, ratio) for step in steps)
+    assert next_rollout_step(start, ratio) == next(step for step in steps if is_rollout_step(step, ratio))
+
+
+def test_a_schedule_without_rollout_steps_has_no_next_one() -> None:
+    with pytest.raises(InvalidRatio, match="expected above 0"):
+        next_rollout_step(0, "0")

@@ -5,12 +5,11 @@ Fields may be missing or of the wrong type: what a run did not write is None her
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, Final
 
+from broker_schemas.records.schedule import is_rollout_step
 from rollstream.show.report.data import KeyNumbers
 
 Rows = Sequence[Mapping[str, Any]]
@@ -103,16 +102,11 @@ def rate_per_s(samples: Rows, name: str) -> float | None:
     return _ratio(risen, elapsed_ms / 1000)
 
 
-def scheduled_b_steps(optimizer_steps: Iterable[int], b_ratio: str) -> int:
-    """Return how many of the steps are due to be B: floor((s+1)r) > floor(s r), r an exact decimal [S-1]."""
-    ratio = Fraction(b_ratio)
-    return sum(math.floor((s + 1) * ratio) > math.floor(s * ratio) for s in optimizer_steps)
-
-
 def _scheduled_b_steps(steps: Rows, b_ratio: str | None) -> int | None:
     if b_ratio is None:
         return None
-    return scheduled_b_steps((s for row in steps if (s := count(row, "optimizer_step")) is not None), b_ratio)
+    known = (s for row in steps if (s := count(row, "optimizer_step")) is not None and s >= 0)
+    return sum(is_rollout_step(optimizer_step, b_ratio) for optimizer_step in known)
 
 
 def _object_drops(steps: Rows) -> dict[str, int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from broker_schemas.errors import DataError
+from broker_schemas.records.schedule import InvalidRatio, is_rollout_step
 from rollstream.run_folder import (
     JsonLinesReader,
     RunFolder,
@@ -100,8 +100,8 @@ def _b_ratio(config: Row) -> str | None:
     if value is None:
         return None
     try:
-        Fraction(str(value))
-    except (ValueError, ZeroDivisionError):
+        is_rollout_step(0, str(value))
+    except InvalidRatio:
         return None
     return str(value)
 
