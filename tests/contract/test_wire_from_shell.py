@@ -48,7 +48,7 @@ def run_document(broker: Broker, redis_url: str, **changes: str) -> list[str]:
     environment = {
         **os.environ,
         "REDIS_CLI": f"{redis_cli()} -s {urlsplit(redis_url).path}",
-        "SCRIPTS": str(ROOT / "broker_schemas" / "scripts"),
+        "SCRIPTS": str(ROOT / "broker_schemas" / "broker" / "scripts"),
         "RUN": broker.keys.run,
     }
     done = subprocess.run(["sh", "-c", program], env=environment, capture_output=True, text=True, check=False)
