@@ -136,7 +136,7 @@ class PackFeed:
                 )
             time.sleep(self.poll_s)
         self.optimizer_step += 1
-        return [(pack, fetch_segments(self.broker, pack.segment_ids)) for pack in claim.packs[self.rank]]
+        return [(pack, fetch_segments(self.broker, pack.record_ids)) for pack in claim.packs[self.rank]]
 
     def settle(self, optimizer_steps: int) -> None:
         """Free the packs of the first ``optimizer_steps`` steps: a checkpoint covers them."""

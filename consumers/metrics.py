@@ -7,6 +7,8 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from broker_schemas.records.packs import ReadyPack
+
 # shown at 0 before they first happen, so that a rate over them has a beginning
 OUTCOMES: Final = ("matched", "evaluated", "dropped", "rejected", "gone")
 
@@ -76,6 +78,11 @@ class PackerMetrics:
             "Tokens packed (packing/post_rollout_selected_total_len).",
             registry=registry,
         )
+        self._underfilled = Counter(
+            "rollstream_underfilled_packs_total",
+            "Packs that left below training.packing_min_fill_ratio.",
+            registry=registry,
+        )
         self._buffer = Gauge(
             "rollstream_pack_buffer_segments",
             "Segments held (packing/post_rollout_buffer).",
@@ -90,11 +97,12 @@ class PackerMetrics:
         for reason in ("stale", "overflow"):
             self._dropped.labels(reason)
 
-    def on_pack(self, *, reason: str, fill_ratio: float, num_segments: int, num_tokens: int) -> None:
+    def on_pack(self, pack: ReadyPack, *, reason: str, is_underfilled: bool) -> None:
         self._packs.labels(reason).inc()
-        self._fill.observe(fill_ratio)
-        self._segments.inc(num_segments)
-        self._tokens.inc(num_tokens)
+        self._fill.observe(pack.fill)
+        self._segments.inc(len(pack.record_ids))
+        self._tokens.inc(pack.total_tokens)
+        self._underfilled.inc(is_underfilled)
 
     def on_dropped(self, *, stale: int, overflow: int) -> None:
         self._dropped.labels("stale").inc(stale)

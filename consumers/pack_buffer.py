@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from broker_schemas.records.packs import MatchedDescriptor, ReadyPack
 from consumers.packing import (
     OversizedSegment,
     PackingError,
@@ -28,34 +29,22 @@ class PackBufferFull(PackingError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BufferedSegment:
-    """What packing needs to know of one matched segment."""
-
-    segment_id: str
-    """Id of the segment; unique in a run."""
-    length_tokens: int
-    """Encoded length: prompt, image tokens, training sequence and end token."""
-    policy_version: int
-    """Lowest policy version the rollout was made with."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PackBufferSettings:
     """Limits and thresholds of one buffer; checked on creation."""
 
     capacity_tokens: int
     """Tokens in one pack (`training.global_max_length`)."""
-    packing_buffer: int = 512
+    packing_buffer: int
     """Most segments held at once (`training.packing_buffer`)."""
-    min_fill_ratio: float = 0.65
+    min_fill_ratio: float
     """A pack below this share of the capacity is reported as underfilled
     (`training.packing_min_fill_ratio`)."""
+    method: SelectionMethod
+    """How the segments of a pack are selected (`training.packing_selector`)."""
     target_fill_ratio: float = 0.98
     """A pack from this share of the capacity on leaves at once: waiting could not better it by much."""
     lookahead_packs: int = 4
     """With this many packs' worth of tokens waiting, more choice brings nothing and the best pack leaves."""
-    method: SelectionMethod = "exact"
-    """How the segments of a pack are selected."""
 
     def __post_init__(self) -> None:
         require_method(self.method)
@@ -73,23 +62,10 @@ class PackBufferSettings:
 class PackChoice:
     """One pack that leaves the buffer, with what its metrics need."""
 
-    segments: tuple[BufferedSegment, ...]
-    total_tokens: int
-    fill_ratio: float
+    segments: tuple[MatchedDescriptor, ...]
+    pack: ReadyPack
     reason: EmitReason
-    is_underfilled: bool
-    """True below `min_fill_ratio`: worth a warning, never a reason to drop."""
     num_left_segments: int
-
-    @property
-    def segment_ids(self) -> tuple[str, ...]:
-        """Ids in insertion order."""
-        return tuple(segment.segment_id for segment in self.segments)
-
-    @property
-    def lowest_policy_version(self) -> int:
-        """The version that decides the pack's freshness."""
-        return min(segment.policy_version for segment in self.segments)
 
 
 class PackBuffer:
@@ -97,7 +73,7 @@ class PackBuffer:
 
     def __init__(self, settings: PackBufferSettings) -> None:
         self._settings = settings
-        self._segments: list[BufferedSegment] = []
+        self._segments: list[MatchedDescriptor] = []
         self._ids: set[str] = set()
         self._buffered_tokens = 0
 
@@ -105,7 +81,7 @@ class PackBuffer:
         return len(self._segments)
 
     @property
-    def segments(self) -> tuple[BufferedSegment, ...]:
+    def segments(self) -> tuple[MatchedDescriptor, ...]:
         """What is held, oldest first."""
         return tuple(self._segments)
 
@@ -119,24 +95,24 @@ class PackBuffer:
         """How many segments may still be inserted; never negative."""
         return max(0, self._settings.packing_buffer - len(self._segments))
 
-    def insert(self, segment: BufferedSegment) -> bool:
+    def insert(self, segment: MatchedDescriptor) -> bool:
         """Add the youngest segment; False if its id is held already (a redelivery).
 
         Raises `OversizedSegment` (no pack could ever hold it), `PackBufferFull`, and `PackingError` for a
         length below 1. The buffer is unchanged whenever this raises or returns False.
         """
         capacity = self._settings.capacity_tokens
-        if segment.segment_id in self._ids:
+        if segment.record_id in self._ids:
             return False
-        if segment.length_tokens < 1:
+        if segment.encoded_length < 1:
             raise PackingError(
-                f"segment {segment.segment_id}: got {segment.length_tokens} tokens, expected at least 1"
+                f"segment {segment.record_id}: got {segment.encoded_length} tokens, expected at least 1"
             )
-        if segment.length_tokens > capacity:
-            raise OversizedSegment(oversized_message(segment.segment_id, segment.length_tokens, capacity))
+        if segment.encoded_length > capacity:
+            raise OversizedSegment(oversized_message(segment.record_id, segment.encoded_length, capacity))
         if not self.num_free_places:
             raise PackBufferFull(
-                f"segment {segment.segment_id}: the pack buffer holds {len(self)} segments, "
+                f"segment {segment.record_id}: the pack buffer holds {len(self)} segments, "
                 f"expected fewer than {self._settings.packing_buffer}; "
                 "take packs out first, read fewer segments at a time, "
                 "or raise training.packing_buffer"
@@ -157,10 +133,9 @@ class PackBuffer:
         if not self._segments or not self._may_emit(urgency):
             return None
         settings = self._settings
-        lengths = [segment.length_tokens for segment in self._segments]
+        lengths = [segment.encoded_length for segment in self._segments]
         chosen = select_pack(lengths, settings.capacity_tokens, settings.method)
-        total_tokens = sum(lengths[i] for i in chosen)
-        fill_ratio = total_tokens / settings.capacity_tokens
+        fill_ratio = sum(lengths[i] for i in chosen) / settings.capacity_tokens
         reason = self._emit_reason(fill_ratio, urgency)
         if reason is None:
             return None
@@ -169,29 +144,25 @@ class PackBuffer:
         self._hold([segment for i, segment in enumerate(self._segments) if i not in taken])
         return PackChoice(
             segments=members,
-            total_tokens=total_tokens,
-            fill_ratio=fill_ratio,
+            pack=ReadyPack.of(members, capacity=settings.capacity_tokens),
             reason=reason,
-            is_underfilled=fill_ratio < settings.min_fill_ratio,
             num_left_segments=len(self._segments),
         )
 
-    def put_back(self, segments: Iterable[BufferedSegment]) -> None:
+    def put_back(self, segments: Iterable[MatchedDescriptor]) -> None:
         """Return segments of a pack that was not committed; they go to the front, in the given order.
 
         They were admitted before, so this may exceed `packing_buffer`; ids that are held already are left
         out.
         """
-        returned = {
-            segment.segment_id: segment for segment in segments if segment.segment_id not in self._ids
-        }
+        returned = {segment.record_id: segment for segment in segments if segment.record_id not in self._ids}
         self._hold([*returned.values(), *self._segments])
 
-    def discard(self, is_unwanted: Callable[[BufferedSegment], bool]) -> list[BufferedSegment]:
+    def discard(self, is_unwanted: Callable[[MatchedDescriptor], bool]) -> list[MatchedDescriptor]:
         """Remove the segments for which the predicate holds (stale ones) and return them, oldest first."""
         removed = [segment for segment in self._segments if is_unwanted(segment)]
-        gone = {segment.segment_id for segment in removed}
-        self._hold([segment for segment in self._segments if segment.segment_id not in gone])
+        gone = {segment.record_id for segment in removed}
+        self._hold([segment for segment in self._segments if segment.record_id not in gone])
         return removed
 
     def _may_emit(self, urgency: Urgency) -> bool:
@@ -216,7 +187,7 @@ class PackBuffer:
             return "hungry"
         return "forced" if urgency == "forced" else None
 
-    def _hold(self, segments: list[BufferedSegment]) -> None:
+    def _hold(self, segments: list[MatchedDescriptor]) -> None:
         self._segments = segments
-        self._ids = {segment.segment_id for segment in segments}
-        self._buffered_tokens = sum(segment.length_tokens for segment in segments)
+        self._ids = {segment.record_id for segment in segments}
+        self._buffered_tokens = sum(segment.encoded_length for segment in segments)

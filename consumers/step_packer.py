@@ -13,6 +13,7 @@ from broker_schemas.broker.role_loop import keep_stepping
 from broker_schemas.broker.status import OpenStep, read_status
 from broker_schemas.errors import RunStopped
 from broker_schemas.records.packs import ReadyPack
+from consumers.fill_warning import FillWarning
 from consumers.metrics import PackerMetrics
 from consumers.packing import PackingError
 from consumers.step_plans import StepPlan
@@ -29,6 +30,7 @@ class StepPackerSettings:
 
     world_size: int
     capacity: int
+    min_fill_ratio: float
     block_ms: int = 100
 
 
@@ -44,6 +46,7 @@ class StepPacker:
         self._settings = settings
         self._held: dict[str, PendingDescriptor] = {}
         self._taken_over = False
+        self._fill_warning = FillWarning(settings.min_fill_ratio)
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
@@ -94,16 +97,15 @@ class StepPacker:
         commit = self._door.commit(
             planned, oldest_policy_version=0, queue_limit=0, sealed_step=open_step.optimizer_step
         )
-        for name in commit.gone or [name for item in planned for name in item.pack.segment_ids]:
+        for name in commit.gone or [name for item in planned for name in item.pack.record_ids]:
             self._held.pop(name, None)
         if not commit.num_packs:
             return 0
         for item in planned:
             self._metrics.on_pack(
+                item.pack,
                 reason="sealed",
-                fill_ratio=item.pack.fill,
-                num_segments=len(item.pack.segment_ids),
-                num_tokens=item.pack.total_tokens,
+                is_underfilled=self._fill_warning.is_underfilled(item.pack, "sealed"),
             )
         self._metrics.on_buffer(len(self._held))
         log.info(
@@ -116,14 +118,7 @@ class StepPacker:
         return commit.num_packs
 
     def _planned_pack(self, rank: int, items: Sequence[PendingDescriptor]) -> PlannedPack:
-        lengths = tuple(item.descriptor.encoded_length for item in items)
-        pack = ReadyPack(
-            pack_id=f"p.{items[0].descriptor.record_id}",
-            segment_ids=tuple(item.descriptor.record_id for item in items),
-            lengths=lengths,
-            policy_version=min(item.descriptor.policy_version for item in items),
-            fill=sum(lengths) / self._settings.capacity,
-        )
+        pack = ReadyPack.of([item.descriptor for item in items], capacity=self._settings.capacity)
         return PlannedPack(rank=rank, pack=pack, entry_ids=tuple(item.entry_id for item in items))
 
 

@@ -12,9 +12,9 @@ from broker_schemas.broker.policy import read_policy
 from broker_schemas.broker.role_loop import keep_stepping
 from broker_schemas.errors import BrokerError
 from broker_schemas.records.freshness import oldest_allowed
-from broker_schemas.records.packs import ReadyPack
+from consumers.fill_warning import FillWarning
 from consumers.metrics import PackerMetrics
-from consumers.pack_buffer import BufferedSegment, PackBuffer, PackBufferSettings, PackChoice, Urgency
+from consumers.pack_buffer import PackBuffer, PackBufferSettings, PackChoice, Urgency
 from consumers.packing import OversizedSegment
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class StreamingPacker:
         self._entries: dict[str, PendingDescriptor] = {}
         self._news_at_s = 0.0
         self._taken_over = False
+        self._fill_warning = FillWarning(settings.buffer.min_fill_ratio)
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
@@ -83,13 +84,8 @@ class StreamingPacker:
         num_admitted = 0
         for item in pending:
             descriptor = item.descriptor
-            segment = BufferedSegment(
-                segment_id=descriptor.record_id,
-                length_tokens=descriptor.encoded_length,
-                policy_version=descriptor.policy_version,
-            )
             try:
-                num_admitted += self._buffer.insert(segment)
+                num_admitted += self._buffer.insert(descriptor)
             except OversizedSegment as exc:
                 log.error("packer: %s", exc)
                 self._door.drop([(item.entry_id, descriptor.record_id)], reason="oversized")
@@ -100,7 +96,7 @@ class StreamingPacker:
     def _drop_stale(self, oldest: int) -> None:
         stale = self._buffer.discard(lambda segment: segment.policy_version < oldest)
         if stale:
-            entries = [(self._entries.pop(item.segment_id).entry_id, item.segment_id) for item in stale]
+            entries = [(self._entries.pop(item.record_id).entry_id, item.record_id) for item in stale]
             self._door.drop(entries, reason="stale")
 
     def _urgency(self, depths: list[int], now_s: float) -> Urgency:
@@ -109,14 +105,8 @@ class StreamingPacker:
         return "forced" if now_s - self._news_at_s > self._settings.patience_s else "hungry"
 
     def _commit(self, choice: PackChoice, rank: int, oldest: int) -> int:
-        pack = ReadyPack(
-            pack_id=f"p.{choice.segment_ids[0]}",
-            segment_ids=choice.segment_ids,
-            lengths=tuple(segment.length_tokens for segment in choice.segments),
-            policy_version=choice.lowest_policy_version,
-            fill=choice.fill_ratio,
-        )
-        entry_ids = tuple(self._entries[name].entry_id for name in choice.segment_ids)
+        pack = choice.pack
+        entry_ids = tuple(self._entries[name].entry_id for name in pack.record_ids)
         planned = PlannedPack(rank=rank, pack=pack, entry_ids=entry_ids)
         try:
             commit = self._door.commit(
@@ -127,18 +117,14 @@ class StreamingPacker:
             self._buffer.put_back(choice.segments)
             raise
         gone = set(commit.gone)
-        for name in gone or choice.segment_ids:
+        for name in gone or pack.record_ids:
             self._entries.pop(name, None)
         if gone:
             log.warning("packer: %d segments were taken by another packer", len(gone))
-            self._buffer.put_back(item for item in choice.segments if item.segment_id not in gone)
+            self._buffer.put_back(item for item in choice.segments if item.record_id not in gone)
             return 0
         self._metrics.on_dropped(stale=commit.num_stale, overflow=commit.num_overflow)
         if commit.num_packs:
-            self._metrics.on_pack(
-                reason=choice.reason,
-                fill_ratio=choice.fill_ratio,
-                num_segments=len(choice.segments),
-                num_tokens=choice.total_tokens,
-            )
+            is_underfilled = self._fill_warning.is_underfilled(pack, choice.reason)
+            self._metrics.on_pack(pack, reason=choice.reason, is_underfilled=is_underfilled)
         return commit.num_packs

@@ -25,9 +25,9 @@ class GroundTruthOnlyBroker:
             optimizer_step=optimizer_step, kind="A", reason="schedule", policy_version=policy_version
         )
 
-    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
-        if segment_ids:
-            raise RunStopped(f"segments {list(segment_ids)[:3]}: got a request without a queue to fetch from")
+    def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
+        if record_ids:
+            raise RunStopped(f"segments {list(record_ids)[:3]}: got a request without a queue to fetch from")
         return []
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:

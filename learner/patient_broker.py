@@ -51,8 +51,8 @@ class PatientBroker:
             optimizer_step=optimizer_step, scheduled_kind=scheduled_kind, policy_version=policy_version
         )
 
-    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
-        return self._ask(lambda: self._broker.fetch_segments(segment_ids))
+    def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
+        return self._ask(lambda: self._broker.fetch_segments(record_ids))
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         self._ask(lambda: self._broker.commit_step(optimizer_step=optimizer_step, summary=summary))

@@ -25,7 +25,7 @@ class LearnerBroker(Protocol):
         """Return the decision for the step, or None while it is open: ask again. An answer is final."""
         ...
 
-    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
+    def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         """Return the segments in the order asked."""
         ...
 

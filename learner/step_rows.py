@@ -91,7 +91,7 @@ class RowLoader:
         packs = claim.packs[self._rank]
         if not packs:
             return
-        names = [name for pack in packs for name in pack.segment_ids]
+        names = [name for pack in packs for name in pack.record_ids]
         segments = self._sources.broker.fetch_segments(names)
         if [segment.record_id for segment in segments] != names:
             raise DataError(
@@ -99,7 +99,7 @@ class RowLoader:
                 f"{[segment.record_id for segment in segments]}, expected {names} in this order"
             )
         remaining = iter(segments)
-        grouped = [[next(remaining) for _ in pack.segment_ids] for pack in packs]
+        grouped = [[next(remaining) for _ in pack.record_ids] for pack in packs]
         waiting = self._thread.submit(self._rollout_row, packs[0], grouped[0], claim.policy_version)
         for pack, members in zip(packs[1:], grouped[1:], strict=True):
             loaded = waiting.result()

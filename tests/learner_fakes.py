@@ -39,7 +39,7 @@ def step_packs(optimizer_step: int) -> list[ReadyPack]:
         packs.append(
             ReadyPack(
                 pack_id=f"s{optimizer_step}-p{index}",
-                segment_ids=names,
+                record_ids=names,
                 lengths=lengths,
                 policy_version=0,
                 fill=sum(lengths) / 128,
@@ -88,8 +88,8 @@ class FakeBroker:
             packs=tuple(tuple(packs[rank * share : (rank + 1) * share]) for rank in range(self._world_size)),
         )
 
-    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
-        return [self._change_segment(rollout_segment(name)) for name in segment_ids]
+    def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
+        return [self._change_segment(rollout_segment(name)) for name in record_ids]
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         self._tell("commit", optimizer_step)

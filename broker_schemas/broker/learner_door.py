@@ -86,9 +86,9 @@ class LearnerDoor:
         self._claimed = optimizer_step
         return claim_from_fields(optimizer_step, settings.world_size, reply)
 
-    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
+    def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         """Return the payloads in the order asked."""
-        return fetch_segments(self._broker, segment_ids)
+        return fetch_segments(self._broker, record_ids)
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         """Record that the step was taken; said twice, the first stays.

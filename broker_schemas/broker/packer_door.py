@@ -123,9 +123,9 @@ class PackerDoor:
                 codec.encode_map(pack.to_body()),
                 pack.policy_version,
                 pack.pack_id,
-                len(pack.segment_ids),
+                len(pack.record_ids),
             ]
-            for entry_id, record_id in zip(planned.entry_ids, pack.segment_ids, strict=True):
+            for entry_id, record_id in zip(planned.entry_ids, pack.record_ids, strict=True):
                 arguments += [entry_id, record_id]
         reply = self.broker.run("commit_pack", ["matched", "sealed", "open_step"], arguments)
         if reply[0] == 0:

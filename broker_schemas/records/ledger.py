@@ -176,8 +176,8 @@ def _packed(ledger: Ledger, event: LogEvent) -> None:
 
 def _claimed(ledger: Ledger, event: LogEvent) -> None:
     step = _step_of(event)
-    for _, _, _, segment_ids in step.packs:
-        for record_id in segment_ids:
+    for _, _, _, record_ids in step.packs:
+        for record_id in record_ids:
             ledger.move(record_id, "claimed", event).optimizer_step = step.optimizer_step
     if step.optimizer_step in ledger.steps:
         ledger.faults.append(
@@ -209,8 +209,8 @@ def _step_of(event: LogEvent) -> StepHistory:
 def _committed(ledger: Ledger, event: LogEvent) -> None:
     optimizer_step = event.number("optimizer_step")
     ledger.committed[optimizer_step] = event.fields["summary"]
-    for _, _, _, segment_ids in ledger.steps[optimizer_step].packs:
-        for record_id in segment_ids:
+    for _, _, _, record_ids in ledger.steps[optimizer_step].packs:
+        for record_id in record_ids:
             ledger.move(record_id, "trained", event)
 
 

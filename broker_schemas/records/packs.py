@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,10 +64,22 @@ class ReadyPack:
     """
 
     pack_id: str
-    segment_ids: tuple[str, ...]
+    record_ids: tuple[str, ...]
     lengths: tuple[int, ...]
     policy_version: int
     fill: float
+
+    @classmethod
+    def of(cls, members: Sequence[MatchedDescriptor], *, capacity: int) -> ReadyPack:
+        """Return the pack of ``members`` in the given order (at least one); ``capacity`` in tokens."""
+        lengths = tuple(member.encoded_length for member in members)
+        return cls(
+            pack_id=f"p.{members[0].record_id}",
+            record_ids=tuple(member.record_id for member in members),
+            lengths=lengths,
+            policy_version=min(member.policy_version for member in members),
+            fill=sum(lengths) / capacity,
+        )
 
     @property
     def total_tokens(self) -> int:
@@ -76,7 +88,7 @@ class ReadyPack:
     def to_body(self) -> dict[str, Any]:
         return {
             "pack_id": self.pack_id,
-            "segment_ids": list(self.segment_ids),
+            "segment_ids": list(self.record_ids),
             "lengths": list(self.lengths),
             "policy_version": self.policy_version,
             "fill": self.fill,
@@ -86,7 +98,7 @@ class ReadyPack:
     def from_body(cls, body: Mapping[str, Any], where: str = "pack") -> ReadyPack:
         return cls(
             pack_id=BodyReader(body, where).text("pack_id"),
-            segment_ids=tuple(str(item) for item in body["segment_ids"]),
+            record_ids=tuple(str(item) for item in body["segment_ids"]),
             lengths=tuple(BodyReader(body, where).int_list("lengths", low=1, high=1 << 31)),
             policy_version=BodyReader(body, where).integer("policy_version", low=0),
             fill=float(body["fill"]),
@@ -112,11 +124,11 @@ class StepClaim:
 
     @property
     def num_segments(self) -> int:
-        return sum(len(pack.segment_ids) for packs in self.packs for pack in packs)
+        return sum(len(pack.record_ids) for packs in self.packs for pack in packs)
 
     @property
-    def segment_ids(self) -> tuple[str, ...]:
-        return tuple(name for packs in self.packs for pack in packs for name in pack.segment_ids)
+    def record_ids(self) -> tuple[str, ...]:
+        return tuple(name for packs in self.packs for pack in packs for name in pack.record_ids)
 
     def to_body(self) -> dict[str, Any]:
         return {

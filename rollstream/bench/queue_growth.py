@@ -146,7 +146,7 @@ def _ranks_row(url: str, rollouts: Sequence[EncodedRollout], num_clients: int) -
         claim = doors[rank].claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
         assert claim is not None, "rank 0 decided it"
         for pack in claim.packs[rank]:
-            doors[rank].fetch_segments(pack.segment_ids)
+            doors[rank].fetch_segments(pack.record_ids)
         claimed.wait()
         if rank == 0:
             doors[0].commit_step(optimizer_step=0, summary={"loss": 1.0})

@@ -252,7 +252,7 @@ def push_match_and_pack(broker: Broker, rollouts: Sequence[SegmentRecord], world
 def _planned(members: Sequence[PendingDescriptor], rank: int) -> PlannedPack:
     ids = tuple(item.descriptor.record_id for item in members)
     lengths = tuple(item.descriptor.encoded_length for item in members)
-    pack = ReadyPack(pack_id=f"p-{ids[0]}", segment_ids=ids, lengths=lengths, policy_version=0, fill=1.0)
+    pack = ReadyPack(pack_id=f"p-{ids[0]}", record_ids=ids, lengths=lengths, policy_version=0, fill=1.0)
     return PlannedPack(rank=rank, pack=pack, entry_ids=tuple(item.entry_id for item in members))
 
 
@@ -262,7 +262,7 @@ def train(broker: Broker, optimizer_step: int) -> None:
     learner = LearnerDoor(broker, ClaimSettings(world_size=1, packs_per_rank=depth))
     claim = learner.claim_step(optimizer_step=optimizer_step, scheduled_kind="B", policy_version=0)
     assert claim is not None, "in mode fallback every claim is decided"
-    learner.fetch_segments(claim.segment_ids)
+    learner.fetch_segments(claim.record_ids)
     learner.commit_step(optimizer_step=optimizer_step, summary={"loss": 1.0})
     learner.settle_checkpoint(optimizer_step=optimizer_step + 1)
 

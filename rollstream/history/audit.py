@@ -243,8 +243,8 @@ def render_step(audit: Audit, optimizer_step: int) -> RenderableType:
     table = Table(title=title, title_justify="left")
     for column in ("rank", "pack", "rollout", "version", "lag", "age s", "tokens", "sample"):
         table.add_column(column)
-    for rank, pack_id, _, segment_ids in step.packs:
-        for name in segment_ids:
+    for rank, pack_id, _, record_ids in step.packs:
+        for name in record_ids:
             item = audit.ledger.rollouts[name]
             age_s = (step.claimed_at_ms - item.pushed_at_ms) / 1000
             lag = step.policy_version - item.policy_version

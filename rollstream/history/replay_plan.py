@@ -63,7 +63,7 @@ def archived_claim(ledger: Ledger, step: StepHistory, *, world_size: int, capaci
         packs[rank].append(
             ReadyPack(
                 pack_id=pack_id,
-                segment_ids=ids,
+                record_ids=ids,
                 lengths=lengths,
                 policy_version=policy_version,
                 fill=sum(lengths) / capacity,
@@ -88,7 +88,7 @@ def repack(claim: StepClaim, method: SelectionMethod, capacity: int) -> StepClai
         (name, length, pack.policy_version)
         for packs in claim.packs
         for pack in packs
-        for name, length in zip(pack.segment_ids, pack.lengths, strict=True)
+        for name, length in zip(pack.record_ids, pack.lengths, strict=True)
     ]
     ranks: list[list[ReadyPack]] = [[] for _ in claim.packs]
     num_packs = 0
@@ -100,7 +100,7 @@ def repack(claim: StepClaim, method: SelectionMethod, capacity: int) -> StepClai
         ranks[num_packs % len(ranks)].append(
             ReadyPack(
                 pack_id=f"replay-{claim.optimizer_step}-{num_packs}",
-                segment_ids=tuple(name for name, _, _ in members),
+                record_ids=tuple(name for name, _, _ in members),
                 lengths=tuple(length for _, length, _ in members),
                 policy_version=min(version for _, _, version in members),
                 fill=total / capacity,
@@ -137,9 +137,9 @@ class ArchivedClaims:
         claim = archived_claim(self._ledger, step, world_size=self._world_size, capacity=self._capacity)
         return claim if self._selector is None else repack(claim, self._selector, self._capacity)
 
-    def fetch_segments(self, segment_ids: Sequence[str]) -> list[MatchedSegment]:
+    def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         """Return archived payloads; raises DataError for one that is missing."""
-        return self._payloads.fetch(segment_ids)
+        return self._payloads.fetch(record_ids)
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, Any]) -> None:
         """Do nothing: the step was committed when it was first trained."""

@@ -51,7 +51,11 @@ def build_packer(config: RunConfig, door: PackerDoor, metrics: PackerMetrics) ->
             door,
             step_planner(config),
             metrics,
-            StepPackerSettings(world_size=config.learner_world_size, capacity=training.global_max_length),
+            StepPackerSettings(
+                world_size=config.learner_world_size,
+                capacity=training.global_max_length,
+                min_fill_ratio=training.packing_min_fill_ratio,
+            ),
         )
     return StreamingPacker(
         door,

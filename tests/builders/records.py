@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from broker_schemas.records.packs import MatchedDescriptor
 from broker_schemas.records.records import GroundTruthObject, ImageReference, MatchedSegment, SegmentRecord
 
 
@@ -57,3 +58,15 @@ def a_segment(record_id: str = "r-1.0", num_tokens: int = 20, **changes: Any) ->
         "generated_at_ms": 1_000,
     }
     return MatchedSegment(**{**fields, **changes})
+
+
+def a_descriptor(record_id: str = "r-1.0", **changes: Any) -> MatchedDescriptor:
+    fields: dict[str, Any] = {
+        "record_id": record_id,
+        "policy_version": 0,
+        "encoded_length": 20,
+        "sample_id": "train-1",
+        "task": "bbox",
+        "generated_at_ms": 1_000,
+    }
+    return MatchedDescriptor(**{**fields, **changes})

@@ -46,7 +46,7 @@ def planned_pack(pack: ModelPack, members: list[PendingDescriptor]) -> PlannedPa
         rank=pack.rank,
         pack=ReadyPack(
             pack_id=pack.pack_id,
-            segment_ids=pack.ids,
+            record_ids=pack.ids,
             lengths=tuple(item.descriptor.encoded_length for item in members),
             policy_version=pack.policy_version,
             fill=0.5,

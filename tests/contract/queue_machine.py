@@ -331,14 +331,14 @@ class QueueMachine(RuleBasedStateMachine):
         assert (answer is None) == (expected is None)
         if answer is not None and expected is not None:
             assert (answer.kind, answer.reason, answer.short_ranks) == (*expected[:2], expected[3])
-            assert list(answer.segment_ids) == [name for pack in expected[2] for name in pack.ids]
+            assert list(answer.record_ids) == [name for pack in expected[2] for name in pack.ids]
             assert mode == "sealed" or all(pack.policy_version >= oldest for pack in expected[2])
             model.decide(step, expected[2], answer)
-            self.fetch(answer.segment_ids)
+            self.fetch(answer.record_ids)
 
-    def fetch(self, segment_ids: tuple[str, ...]) -> None:
-        found = LearnerDoor(self.broker, ClaimSettings(world_size=WORLD_SIZE)).fetch_segments(segment_ids)
-        assert [segment.record_id for segment in found] == list(segment_ids)
+    def fetch(self, record_ids: tuple[str, ...]) -> None:
+        found = LearnerDoor(self.broker, ClaimSettings(world_size=WORLD_SIZE)).fetch_segments(record_ids)
+        assert [segment.record_id for segment in found] == list(record_ids)
 
     def commit_step(self, rng: random.Random) -> None:
         waiting = [step for step, claim in self.model.claims.items() if not claim.is_committed]

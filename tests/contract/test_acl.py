@@ -131,7 +131,7 @@ def a_pack(item: PendingDescriptor) -> PlannedPack:
     descriptor = item.descriptor
     pack = ReadyPack(
         pack_id=f"p-{descriptor.record_id}",
-        segment_ids=(descriptor.record_id,),
+        record_ids=(descriptor.record_id,),
         lengths=(descriptor.encoded_length,),
         policy_version=0,
         fill=0.5,
@@ -190,7 +190,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
 
     claim = learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
     assert claim is not None
-    assert len(learner.fetch_segments(claim.segment_ids)) == claim.num_segments
+    assert len(learner.fetch_segments(claim.record_ids)) == claim.num_segments
     learner.commit_step(optimizer_step=0, summary={"loss": 1.0})
     with server_locks(brokers["learner"], wait_s=5)("http://127.0.0.1:1"):
         pass

@@ -83,7 +83,7 @@ def train(learner: LearnerDoor, optimizer_step: int) -> tuple[str, ...]:
     claim = learner.claim_step(optimizer_step=optimizer_step, scheduled_kind="B", policy_version=0)
     assert claim is not None
     learner.commit_step(optimizer_step=optimizer_step, summary={"loss": 1.0})
-    return claim.segment_ids
+    return claim.record_ids
 
 
 def drain(archive: ArchiveWriter) -> None:

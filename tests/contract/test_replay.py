@@ -88,7 +88,7 @@ def fill_queue(broker: Broker, segments: list[MatchedSegment]) -> None:
             rank=0,
             pack=ReadyPack(
                 pack_id=f"p-{first}",
-                segment_ids=tuple(item.descriptor.record_id for item in members),
+                record_ids=tuple(item.descriptor.record_id for item in members),
                 lengths=tuple(item.descriptor.encoded_length for item in members),
                 policy_version=0,
                 fill=0.5,
@@ -170,7 +170,7 @@ def test_packing_again_keeps_every_segment_of_the_step_and_the_capacity() -> Non
         tuple(
             ReadyPack(
                 pack_id=f"p-{rank}-{index}",
-                segment_ids=(f"s-{rank}-{index}-0", f"s-{rank}-{index}-1"),
+                record_ids=(f"s-{rank}-{index}-0", f"s-{rank}-{index}-1"),
                 lengths=(20 + rank, 30 + index),
                 policy_version=rank,
                 fill=0.5,
@@ -183,7 +183,7 @@ def test_packing_again_keeps_every_segment_of_the_step_and_the_capacity() -> Non
 
     again = repack(claim, "exact", 110)
 
-    assert sorted(again.segment_ids) == sorted(claim.segment_ids)
+    assert sorted(again.record_ids) == sorted(claim.record_ids)
     assert all(pack.total_tokens <= 110 for rank in again.packs for pack in rank)
     assert len(again.packs) == 2
     assert again.num_segments == claim.num_segments

@@ -64,7 +64,7 @@ def pack_all(
             rank=rank,
             pack=ReadyPack(
                 pack_id=f"p-{item.descriptor.record_id}",
-                segment_ids=(item.descriptor.record_id,),
+                record_ids=(item.descriptor.record_id,),
                 lengths=(item.descriptor.encoded_length,),
                 policy_version=item.descriptor.policy_version,
                 fill=0.5,
@@ -220,7 +220,7 @@ def test_a_pack_of_a_segment_that_is_gone_changes_nothing(broker: Broker) -> Non
     door = PackerDoor(broker)
     one, two = door.read(count=10, block_ms=1)
     assert door.drop([(one.entry_id, "a")], reason="stale") == 1
-    pack = ReadyPack(pack_id="p", segment_ids=("a", "b"), lengths=(20, 20), policy_version=0, fill=1.0)
+    pack = ReadyPack(pack_id="p", record_ids=("a", "b"), lengths=(20, 20), policy_version=0, fill=1.0)
     planned = PlannedPack(rank=0, pack=pack, entry_ids=(one.entry_id, two.entry_id))
     assert door.commit([planned], oldest_policy_version=0, queue_limit=8).gone == ("a",)
     assert read_status(broker, 1).matched_waiting == 1
@@ -232,7 +232,7 @@ def test_a_claim_takes_packs_for_every_rank_and_answers_the_same_again(broker: B
     learner = a_learner(broker)
     claim = learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
     assert claim is not None
-    assert [[pack.segment_ids for pack in packs] for packs in claim.packs] == [[("a",)], [("b",)]]
+    assert [[pack.record_ids for pack in packs] for packs in claim.packs] == [[("a",)], [("b",)]]
     assert (claim.kind, claim.num_segments) == ("B", 2)
     assert learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0) == claim
     assert a_learner(broker).claim_step(optimizer_step=0, scheduled_kind="B", policy_version=5) == claim
@@ -266,7 +266,7 @@ def test_stale_packs_are_dropped_on_all_ranks_before_a_claim(broker: Broker) -> 
     ready_packs(broker, "c", "d", ranks=[0, 1], version=3)
     claim = a_learner(broker).claim_step(optimizer_step=9, scheduled_kind="B", policy_version=3)
     assert claim is not None
-    assert claim.segment_ids == ("c", "d")
+    assert claim.record_ids == ("c", "d")
     assert read_status(broker, 2).by_reason("dropped") == {"stale": 2}
 
 

@@ -97,7 +97,7 @@ def test_step_budget_trains_exactly_its_raw_rollouts_in_any_number_of_packs(prog
     ledger = ledger_of(folder)
     for step in ledger.steps.values():
         if step.kind == "B":
-            names = [name for *_, segment_ids in step.packs for name in segment_ids]
+            names = [name for *_, record_ids in step.packs for name in record_ids]
             assert len(names) == 8
             assert {ledger.rollouts[name].asked_for_step for name in names} == {step.optimizer_step}
             assert len(step.packs) > 2

@@ -71,7 +71,7 @@ DESCRIPTOR = MatchedDescriptor(
     generated_at_ms=1_767_225_600_000,
     optimizer_step=12,
 )
-PACK = ReadyPack(pack_id="p-1", segment_ids=("a", "b"), lengths=(10, 20), policy_version=4, fill=0.9375)
+PACK = ReadyPack(pack_id="p-1", record_ids=("a", "b"), lengths=(10, 20), policy_version=4, fill=0.9375)
 CLAIM = StepClaim(
     optimizer_step=12, kind="B", reason="claimed", policy_version=6, packs=((PACK,), (PACK,)), short_ranks=()
 )

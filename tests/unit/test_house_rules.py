@@ -20,6 +20,15 @@ MAY_IMPORT: Final = {
     **{role: {role, "broker_schemas", "configs"} for role in ROLES},
     "rollstream": set(PACKAGES),
 }
+# wings of rollstream and rooms of broker_schemas, from the top: each imports only from those below it
+WINGS: Final = {
+    "rollstream": (
+        *("commands", "sweep", "bench", "doctor", "stack", "watch", "show", "history"),
+        *("models", "evaluation", "datasets", "vllm", "wiring"),
+    ),
+    "broker_schemas": ("rollout_servers", "broker", "method", "records"),
+}
+MOST_FILES_ON_A_FLOOR: Final = 4
 # adapters and loops; every other module of broker_schemas and of a role is a core
 EDGES: Final = {
     "broker_schemas": {
@@ -31,7 +40,7 @@ EDGES: Final = {
         *("dispatcher", "hf_backend", "jobs", "metrics", "producer"),
         *("vllm_backend", "vllm_client", "vllm_servers"),
     },
-    "consumers": {"matcher", "metrics", "step_packer", "streaming_packer"},
+    "consumers": {"fill_warning", "matcher", "metrics", "step_packer", "streaming_packer"},
     "learner": {
         *("checkpoints", "distributed", "metrics", "milestones", "patient_broker", "server_group"),
         *("server_sync", "stop_request", "training_log", "weight_transfer"),
@@ -90,6 +99,47 @@ def test_packages_import_only_what_lies_beneath_them() -> None:
         if name.split(".")[0] in {*PACKAGES, "tests"} - MAY_IMPORT[file.package]
     )
     assert not offences, f"roles never import each other, and nothing imports upwards:\n{offences}"
+
+
+def wing_of(package: str, name: str) -> str:
+    """Return the wing that dotted ``name`` lies in; empty for a file on the package's own floor."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in WINGS[package] else ""
+
+
+@pytest.mark.parametrize("package", sorted(WINGS))
+def test_a_wing_imports_only_from_wings_below_it(package: str) -> None:
+    order = WINGS[package]
+    offences = listed(
+        f"{file.path}:{line} imports {name}"
+        for file in python_files(package)
+        if (own := wing_of(package, file.module))
+        for line, name in file.imports()
+        if is_within(name, package) and (other := wing_of(package, name))
+        if order.index(other) < order.index(own)
+    )
+    assert not offences, f"from the top: {', '.join(order)}:\n{offences}"
+
+
+@pytest.mark.parametrize("package", sorted(WINGS))
+def test_every_wing_is_known_and_the_floor_holds_few_files(package: str) -> None:
+    folder = ROOT / package
+    assert {path.parent.name for path in folder.glob("*/__init__.py")} == set(WINGS[package])
+    on_the_floor = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert len(on_the_floor) <= MOST_FILES_ON_A_FLOOR, sorted(on_the_floor)
+
+
+@pytest.mark.parametrize("package", sorted(WINGS))
+def test_the_files_on_a_packages_floor_import_no_wing_but_their_own_core(package: str) -> None:
+    below = {"rollstream": (), "broker_schemas": ("records", "broker")}[package]
+    offences = listed(
+        f"{file.path}:{line} imports {name}"
+        for file in python_files(package)
+        if not wing_of(package, file.module)
+        for line, name in file.imports()
+        if is_within(name, package) and wing_of(package, name) not in ("", *below)
+    )
+    assert not offences, offences
 
 
 def test_every_package_is_under_the_rules() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim
 from consumers.metrics import MatcherMetrics, PackerMetrics
 from learner.metrics import LearnerMetrics
 from learner.step_report import RankPart, log_row
@@ -18,6 +18,7 @@ from producers.metrics import DispatcherMetrics, ProducerMetrics
 from rollstream.history.archive_metrics import ArchiveMetrics
 from rollstream.watch.metrics_table import ROLE_METRICS, TRAINING_LOG, declared_metrics, markdown_table
 from rollstream.wiring.access import PORT_OFFSETS
+from tests.builders.records import a_descriptor
 from tests.source_tree import PACKAGES, ROOT, SourceFile, python_files
 
 METRICS_FILES = (
@@ -46,7 +47,8 @@ def drive_matcher(metrics: MatcherMetrics) -> None:
 
 
 def drive_packer(metrics: PackerMetrics) -> None:
-    metrics.on_pack(reason="full", fill_ratio=0.97, num_segments=6, num_tokens=993)
+    members = [a_descriptor(f"r-{index}", encoded_length=162) for index in range(6)]
+    metrics.on_pack(ReadyPack.of(members, capacity=1000), reason="filled", is_underfilled=True)
     metrics.on_dropped(stale=1, overflow=2)
     metrics.on_buffer(4)
 
@@ -113,7 +115,8 @@ def test_the_numbers_are_those_that_were_told() -> None:
     skipped = "rollstream_b_step_skipped_due_to_queue_total"
     assert learner.get_sample_value(skipped, {"reason": "queue_short"}) == 1
     assert learner.get_sample_value("rollstream_learner_claim_lag_versions_sum") == 1
-    assert packer.get_sample_value("rollstream_pack_fill_ratio_sum") == 0.97
+    assert packer.get_sample_value("rollstream_pack_fill_ratio_sum") == 0.972
+    assert packer.get_sample_value("rollstream_underfilled_packs_total") == 1
     dropped = "rollstream_packer_dropped_packs_total"
     assert packer.get_sample_value(dropped, {"reason": "overflow"}) == 2
     assert producer.get_sample_value("rollstream_rollout_tokens_total") == 120

@@ -6,16 +6,20 @@ import random
 
 import pytest
 
-from consumers.pack_buffer import BufferedSegment, PackBuffer, PackBufferFull, PackBufferSettings
+from broker_schemas.records.packs import MatchedDescriptor
+from consumers.pack_buffer import PackBuffer, PackBufferFull, PackBufferSettings
 from consumers.packing import OversizedSegment, PackingError, select_pack
+from tests.builders.records import a_descriptor
+
+DEFAULTS = {"capacity_tokens": 100, "packing_buffer": 512, "min_fill_ratio": 0.65, "method": "exact"}
 
 
-def a_segment(segment_id: str = "s", length_tokens: int = 10, policy_version: int = 0) -> BufferedSegment:
-    return BufferedSegment(segment_id=segment_id, length_tokens=length_tokens, policy_version=policy_version)
+def a_segment(record_id: str = "s", encoded_length: int = 10, policy_version: int = 0) -> MatchedDescriptor:
+    return a_descriptor(record_id, encoded_length=encoded_length, policy_version=policy_version)
 
 
 def a_buffer(*lengths: int, **settings: object) -> PackBuffer:
-    buffer = PackBuffer(PackBufferSettings(**{"capacity_tokens": 100, **settings}))  # type: ignore[arg-type]
+    buffer = PackBuffer(PackBufferSettings(**{**DEFAULTS, **settings}))  # type: ignore[arg-type]
     for number, length in enumerate(lengths):
         assert buffer.insert(a_segment(f"s{number}", length))
     return buffer
@@ -28,7 +32,7 @@ def test_an_oversized_segment_is_refused_when_inserted_and_changes_nothing() -> 
     with pytest.raises(OversizedSegment, match=r"big: got 101 tokens.*100.*raise training.global_max_length"):
         buffer.insert(a_segment("big", 101))
 
-    assert [segment.segment_id for segment in buffer.segments] == ["s0"]
+    assert [segment.record_id for segment in buffer.segments] == ["s0"]
     assert buffer.buffered_tokens == 30
 
 
@@ -64,14 +68,14 @@ def test_leftovers_are_carried_into_the_next_pack() -> None:
 
     first = buffer.next_pack()
     assert first is not None
-    assert first.segment_ids == ("s0", "s2")
-    assert (first.reason, first.fill_ratio, first.num_left_segments) == ("filled", 1.0, 1)
+    assert first.pack.record_ids == ("s0", "s2")
+    assert (first.reason, first.pack.fill, first.num_left_segments) == ("filled", 1.0, 1)
 
     assert buffer.next_pack() is None
     buffer.insert(a_segment("s3", 49))
     second = buffer.next_pack()
     assert second is not None
-    assert second.segment_ids == ("s1", "s3")
+    assert second.pack.record_ids == ("s1", "s3")
     assert len(buffer) == 0
 
 
@@ -92,7 +96,7 @@ def test_a_patient_packer_stops_waiting_when_enough_packs_worth_of_tokens_wait()
     choice = buffer.next_pack()
 
     assert choice is not None
-    assert (choice.segment_ids, choice.reason, choice.is_underfilled) == (("s0",), "lookahead", True)
+    assert (choice.pack.record_ids, choice.reason) == (("s0",), "lookahead")
 
 
 @pytest.mark.req("P-5")
@@ -113,15 +117,15 @@ def test_a_hungry_learner_gets_a_pack_from_the_minimum_fill_on_and_none_below() 
     choice = a_buffer(65).next_pack("hungry")
 
     assert choice is not None
-    assert (choice.reason, choice.is_underfilled) == ("hungry", False)
+    assert choice.reason == "hungry"
 
 
 @pytest.mark.req("P-5")
-def test_a_forced_pack_leaves_at_any_fill_and_warns_below_the_minimum() -> None:
+def test_a_forced_pack_leaves_at_any_fill() -> None:
     choice = a_buffer(5).next_pack("forced")
 
     assert choice is not None
-    assert (choice.reason, choice.is_underfilled, choice.fill_ratio) == ("forced", True, 0.05)
+    assert (choice.reason, choice.pack.fill) == ("forced", 0.05)
 
 
 def test_an_empty_buffer_has_no_pack_however_urgent() -> None:
@@ -138,8 +142,8 @@ def test_a_pack_carries_the_lowest_policy_version() -> None:
     choice = buffer.next_pack()
 
     assert choice is not None
-    assert choice.lowest_policy_version == 4
-    assert choice.total_tokens == 100
+    assert choice.pack.policy_version == 4
+    assert choice.pack.total_tokens == 100
 
 
 @pytest.mark.req("Q-5")
@@ -150,8 +154,8 @@ def test_discarded_segments_are_returned_oldest_first_and_the_rest_keeps_its_ord
 
     removed = buffer.discard(lambda segment: segment.policy_version < 3)
 
-    assert [segment.segment_id for segment in removed] == ["s1", "s3"]
-    assert [segment.segment_id for segment in buffer.segments] == ["s0", "s2"]
+    assert [segment.record_id for segment in removed] == ["s1", "s3"]
+    assert [segment.record_id for segment in buffer.segments] == ["s0", "s2"]
     assert buffer.buffered_tokens == 20
     assert buffer.insert(a_segment("s1", 10))
 
@@ -164,7 +168,7 @@ def test_segments_put_back_go_first_and_once() -> None:
     buffer.put_back(choice.segments)
     buffer.put_back(choice.segments[:1])
 
-    assert [segment.segment_id for segment in buffer.segments] == ["s0", "s2", "s1"]
+    assert [segment.record_id for segment in buffer.segments] == ["s0", "s2", "s1"]
     assert buffer.buffered_tokens == 150
 
 
@@ -201,12 +205,12 @@ def test_random_traffic_loses_nothing_and_every_pack_is_what_selection_says(seed
         if choice is None:
             assert buffer.segments == held
             continue
-        chosen = select_pack([segment.length_tokens for segment in held], 100)
+        chosen = select_pack([segment.encoded_length for segment in held], 100)
         assert choice.segments == tuple(held[i] for i in chosen)
         assert choice.segments[0] == held[0]
-        left.extend(choice.segment_ids)
+        left.extend(choice.pack.record_ids)
 
-    assert sorted(left + [segment.segment_id for segment in buffer.segments]) == sorted(inserted)
+    assert sorted(left + [segment.record_id for segment in buffer.segments]) == sorted(inserted)
 
 
 @pytest.mark.req("P-5")
@@ -219,7 +223,7 @@ def test_a_patient_packer_reaches_a_high_fill(seed: int) -> None:
     for number in range(600):
         buffer.insert(a_segment(f"s{number}", min(16384, int(generator.lognormvariate(7.6, 0.67)) + 1)))
         while choice := buffer.next_pack():
-            fills.append(choice.fill_ratio)
+            fills.append(choice.pack.fill)
 
     assert len(fills) > 50
     assert sum(fills) / len(fills) > 0.98

@@ -29,9 +29,9 @@ class AwayBroker(FakeBroker):
         self.num_tries = 0
         self._error = error
 
-    def fetch_segments(self, segment_ids: object) -> list[MatchedSegment]:
+    def fetch_segments(self, record_ids: object) -> list[MatchedSegment]:
         self._try()
-        return super().fetch_segments(segment_ids)  # type: ignore[arg-type]
+        return super().fetch_segments(record_ids)  # type: ignore[arg-type]
 
     def settle_checkpoint(self, *, optimizer_step: int) -> None:
         self._try()

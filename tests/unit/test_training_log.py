@@ -17,7 +17,7 @@ from learner.train_step import LossSums, StepUpdate
 from learner.training_log import TrainingLog, read_training_log
 
 UPDATE = StepUpdate(grad_norm=2.5, learning_rate=1e-3)
-PACK = ReadyPack(pack_id="p-0", segment_ids=("a", "b"), lengths=(10, 20), policy_version=3, fill=0.5)
+PACK = ReadyPack(pack_id="p-0", record_ids=("a", "b"), lengths=(10, 20), policy_version=3, fill=0.5)
 
 
 def claim(kind: str = "B", **changes: Any) -> StepClaim:

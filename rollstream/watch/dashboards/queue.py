@@ -101,6 +101,12 @@ _LOST = Row(
             queries=(Query(sum_rate("rollstream_packer_dropped_packs_total", by="reason"), "{{reason}}"),),
         ),
         Panel(
+            title="Packs below the fill ratio",
+            meaning="Packs a second that left below training.packing_min_fill_ratio.",
+            unit="ops",
+            queries=(Query(sum_rate("rollstream_underfilled_packs_total"), "underfilled"),),
+        ),
+        Panel(
             title="B steps skipped by reason",
             meaning="Steps a second that became A.",
             unit="ops",
