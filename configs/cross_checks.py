@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.ignored_settings import METHOD, VARIANT, refuse_ignored
+from configs.model_size_checks import check_model_size
 from configs.problems import KeyPath, Problem
 from configs.schema import AB_VARIANTS, RunConfig
 
@@ -28,6 +29,7 @@ def cross_check(config: RunConfig, explicit: frozenset[KeyPath]) -> list[Problem
         *_model_and_data(config),
         *_method(config),
         *_devices(config),
+        *check_model_size(config),
         *_broker(config),
         *refuse_ignored(config, explicit),
     ]

@@ -83,6 +83,14 @@ def _without_metrics(config: RunConfig) -> str | None:
     return None if config.metrics.base_port else "metrics.base_port is 0"
 
 
+def _without_decay(config: RunConfig) -> str | None:
+    return "lr_scheduler is constant" if config.training.lr_scheduler == "constant" else None
+
+
+def _without_lora(config: RunConfig) -> str | None:
+    return "training.lora.rank is not set" if config.training.lora.rank is None else None
+
+
 IGNORED_SETTINGS: tuple[IgnoredSetting, ...] = (
     *(IgnoredSetting(prefix=("stage2_async", k), depends=VARIANT, why=_unless_async) for k in QUEUE_KEYS),
     IgnoredSetting(prefix=("stage2_ab",), depends=VARIANT, why=_unless_ab),
@@ -113,6 +121,15 @@ IGNORED_SETTINGS: tuple[IgnoredSetting, ...] = (
         prefix=("training", "early_stop"),
         depends=("training", "eval_every_steps"),
         why=_without_evaluation,
+    ),
+    IgnoredSetting(
+        prefix=("training", "min_learning_rate"), depends=("training", "lr_scheduler"), why=_without_decay
+    ),
+    *(
+        IgnoredSetting(
+            prefix=("training", "lora", key), depends=("training", "lora", "rank"), why=_without_lora
+        )
+        for key in ("alpha", "dropout", "targets", "dora")
     ),
     IgnoredSetting(prefix=("metrics", "host"), depends=("metrics", "base_port"), why=_without_metrics),
 )

@@ -97,8 +97,10 @@ class ModelSection(Section):
     config: TinyModelSection | None = None
     """A tiny model with new weights, made for this run; null = use `name_or_path`."""
     image: ImageSection = Field(default_factory=ImageSection)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of weights and activations; losses are always float32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Number format of published weights and of rollouts; null = that of `training.precision`."""
+    attention: Literal["auto", "flash", "segments"] = "auto"
+    """Attention of packed rows: variable-length kernels (flash), segment by segment, or what runs here."""
     system_prompt: str = "You list the objects in an image as one line of JSON."
     """System turn of every prompt; empty = no system turn."""
     instruction: Text = "List every object with its box or polygon."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -79,6 +80,16 @@ class RunConfig(Section):
     def learner_world_size(self) -> int:
         """W, the number of learner ranks."""
         return self.devices.learner_world_size
+
+    @property
+    def precision(self) -> Literal["bf16", "float32"]:
+        """`training.precision`, or its default: bf16 where the learner has GPUs."""
+        return self.training.precision or ("bf16" if self.devices.learner_gpus else "float32")
+
+    @property
+    def rollout_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Number format of published weights and of rollouts."""
+        return self.model.dtype or ("bfloat16" if self.precision == "bf16" else "float32")
 
     @property
     def rollouts_per_micro_step(self) -> int:

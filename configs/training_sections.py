@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.section import Count, CountOrZero, Positive, Ratio, Section, Share, Weight
+from configs.section import Count, CountOrZero, Positive, Ratio, Section, Share, Text, Weight
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -20,6 +20,37 @@ class EarlyStopSection(Section):
     """Stop once the number reaches this; null = no target."""
     patience: Count | None = None
     """Stop after this many evaluations without a better number; null = never."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters on a frozen base, coordinate rows trained along; off unless `rank` is set."""
+
+    rank: Count | None = None
+    """Rank of every adapter; null = no adapters, the weights themselves are trained."""
+    alpha: Positive | None = None
+    """An adapter is scaled by alpha / rank; null = 2 x rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped while training."""
+    targets: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    """Ends of the names of the linear layers that get an adapter; each must match at least one."""
+    dora: bool = False
+    """Train the length of every weight row apart from its direction (DoRA)."""
+
+
+class LearningRatesSection(Section):
+    """Peak learning rates of parts of the model; a part that is not named here takes `learning_rate`."""
+
+    vision: Positive | None = None
+    """Of the vision tower without its mergers; null = `learning_rate`."""
+    merger: Positive | None = None
+    """Of the mergers between vision and text; null = `learning_rate`."""
+    text: Positive | None = None
+    """Of the text model; null = `learning_rate`."""
+    coordinates: Positive | None = None
+    """Of the rows of the coordinate tokens in embedding and head; null = as `text`."""
 
 
 class TrainingSection(Section):
@@ -60,9 +91,25 @@ class TrainingSection(Section):
     warmup_steps: CountOrZero = 0
     """Optimizer steps over which the learning rate rises from 0."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up; cosine and linear end at 0."""
+    """Course of the learning rate after the warm-up; cosine and linear end at `min_learning_rate`."""
+    min_learning_rate: Weight = 0.0
+    """Where cosine and linear end; a part with a learning rate of its own ends at the same share of it."""
+    learning_rates: LearningRatesSection = Field(default_factory=LearningRatesSection)
+    precision: Literal["bf16", "float32"] | None = None
+    """bf16 = bfloat16 arithmetic, float32 weights, gradient sums and moments; null = bf16 on GPUs only."""
+    loss_chunk_positions: CountOrZero = 256
+    """Supervised positions whose logits exist at a time; 0 = all of a row at once."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of text and vision layers and compute the rest again in the backward pass."""
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    """Copies of the model: one a rank, one spread over all ranks, or one spread over each node's ranks."""
+    lora: LoraSection = Field(default_factory=LoraSection)
+    freeze: Annotated[tuple[Literal["vision", "merger", "text"], ...], Field(strict=False)] = ()
+    """Parts of the model that are not trained."""
     save_every_steps: CountOrZero = 50
     """Optimizer steps between checkpoints; 0 = only at the end."""
+    num_checkpoints_kept: Count = 2
+    """Latest checkpoints that are kept; the best by the watched evaluation number is kept besides."""
     eval_every_steps: CountOrZero = 0
     """Optimizer steps between evaluations; 0 = none during training."""
     eval_num_samples: Count | None = None

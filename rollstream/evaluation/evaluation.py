@@ -77,7 +77,7 @@ class Evaluator:
         device = (
             f"cuda:{self._config.devices.rollout_gpus[0]}" if self._config.devices.rollout_gpus else "cpu"
         )
-        model = load_policy(folder, self._config.model.dtype).to(device)
+        model = load_policy(folder, self._config.rollout_dtype).to(device)
         return self.evaluate(model, progress=progress)
 
     def _evaluate_batch(self, backend: HfBackend, start: int) -> list[dict[str, Any]]:

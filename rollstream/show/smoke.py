@@ -89,10 +89,12 @@ def _rollouts(
     seeds = [rollout_seed(position, seed) for position in range(num_samples)]
     greedy = replace(decoding_settings(config), temperature=0.0, top_p=1.0, top_k=-1)
     settings = HfBackendSettings(
-        decoding=greedy, decode_batch_size=config.rollout_matching.decode_batch_size, dtype=config.model.dtype
+        decoding=greedy,
+        decode_batch_size=config.rollout_matching.decode_batch_size,
+        dtype=config.rollout_dtype,
     )
     images = access.image_processor(config, model_dir, config.data.train_jsonl)
-    model: Any = load_policy(model_dir, config.model.dtype)
+    model: Any = load_policy(model_dir, config.rollout_dtype)
     backend = HfBackend(access.prompt_builder(config, model_dir), images, settings, model)
     request = RolloutRequest(
         request_id=f"{config.run.name}-smoke",

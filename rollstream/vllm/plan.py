@@ -77,7 +77,7 @@ def plan_servers(config: RunConfig, model: Path, options: ServeOptions) -> list[
     chosen = list(range(len(urls))) if options.index is None else [options.index]
     served = ServedModel(
         folder=model,
-        dtype=config.model.dtype,
+        dtype=config.rollout_dtype,
         most_pixels=config.model.image.max_pixels or checkpoint_pixels(model),
         max_model_len=longest_rollout(config, model, options.num_images),
         num_images=options.num_images,

@@ -247,8 +247,8 @@ def build_parts(
     images = access.image_processor(config, folder, config.data.train_jsonl)
     model = load_policy(
         folder,
-        config.model.dtype,
-        attn_implementation=attention_implementation(ranks.device, getattr(torch, config.model.dtype)),
+        config.rollout_dtype,
+        attn_implementation=attention_implementation(ranks.device, getattr(torch, config.rollout_dtype)),
     )
     settings = learner_settings(config, prompts)
     first = ranks.is_first

@@ -47,7 +47,7 @@ def rollout_backend(config: RunConfig, broker: Broker) -> RolloutBackend:
             decoding=decoding_settings(config),
             decode_batch_size=config.rollout_matching.decode_batch_size,
             device=f"cuda:{config.devices.rollout_gpus[0]}" if config.devices.rollout_gpus else "cpu",
-            dtype=config.model.dtype,
+            dtype=config.rollout_dtype,
         ),
     )
 
