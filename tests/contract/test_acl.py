@@ -41,8 +41,8 @@ from rollstream.history.archive_loss import find_loss, noted_cursor
 from rollstream.history.audit import all_events, take_audit
 from rollstream.history.gc import collect
 from rollstream.watch.exporter import ExporterSettings, RunCollector
+from tests.builders.configs import PROJECT_ROOT
 from tests.builders.records import a_rollout
-from tests.config_builders import PROJECT_ROOT
 from tests.conftest import redis_server_program
 from tests.contract.test_transitions import match_all
 from tests.redis_servers import program_or_skip, running_server

@@ -23,7 +23,7 @@ from rollstream.history.archive_loss import read_losses
 from rollstream.history.audit import Audit, all_events, render_audit, take_audit
 from rollstream.stack.embedded_redis import Durability, EmbeddedRedis
 from rollstream.stack.ports_in_use import free_loopback_port
-from tests.segment_builders import make_rollout
+from tests.builders.rollouts import make_rollout
 
 LOG_FILE = "appendonly.aof"
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from broker_schemas.errors import DataError
 from rollstream.commands.queue import register
-from tests.config_builders import make_mapping, write_file
+from tests.builders.configs import make_mapping, write_file
 
 
 def make_app() -> typer.Typer:

@@ -16,7 +16,7 @@ from producers.jobs import enqueue_request, rollout_queue
 from rollstream.bench.queue_throughput import make_rollouts, measure_memory, push_match_and_pack, train
 from rollstream.history.gc import collect, collect_run
 from rollstream.run_lock import StackLock
-from tests.config_builders import make_mapping, write_file
+from tests.builders.configs import make_mapping, write_file
 from tests.contract.test_transitions import a_request, push
 
 

@@ -23,8 +23,8 @@ from broker_schemas.records.records import ImageReference
 from consumers.matcher import Matcher, MatcherSettings
 from consumers.metrics import MatcherMetrics
 from rollstream.history.audit import take_audit
+from tests.builders.rollouts import make_rollout, make_tools
 from tests.contract.test_transitions import a_request
-from tests.segment_builders import make_rollout, make_tools
 
 IDS = itertools.count()
 FUZZ = settings(

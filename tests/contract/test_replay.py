@@ -26,8 +26,8 @@ from rollstream.models.tiny_model import make_tiny_model
 from rollstream.run_folder import RunFolder
 from rollstream.wiring import access
 from rollstream.wiring.learn import channel_a_source
+from tests.builders.configs import make_mapping, write_file
 from tests.builders.records import a_rollout
-from tests.config_builders import make_mapping, write_file
 
 NUM_STEPS, PACKS_PER_STEP = 4, 2
 

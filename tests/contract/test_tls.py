@@ -19,8 +19,8 @@ from broker_schemas.broker.connection import BrokerAddress
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerRefused, BrokerUnavailable
 from rollstream.stack.ports_in_use import free_loopback_port
+from tests.builders.configs import PROJECT_ROOT, make_mapping, write_file
 from tests.builders.records import a_rollout
-from tests.config_builders import PROJECT_ROOT, make_mapping, write_file
 from tests.redis_servers import program_or_skip, running_server
 
 PASSWORD: Final = "correct horse battery staple"

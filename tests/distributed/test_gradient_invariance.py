@@ -13,8 +13,8 @@ from learner.distributed import Ranks
 from learner.losses import LossSettings
 from learner.packed_forward import position_rule_of
 from learner.train_step import run_micro_steps
+from tests.builders.learners import COLLATION, COORD_IDS, make_pixels, make_segment, tiny_model
 from tests.distributed.rank_processes import meet, run_ranks
-from tests.learner_builders import COLLATION, COORD_IDS, make_pixels, make_segment, tiny_model
 
 GRIDS = [(1, 4, 4), (1, 2, 6), None, (1, 4, 4), (1, 8, 2), (1, 2, 2)]
 LOSS = LossSettings(coord_ids=COORD_IDS, w1_weight=5.0)

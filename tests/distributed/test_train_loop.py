@@ -19,9 +19,9 @@ from learner.checkpoints import latest_checkpoint
 from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome
 from learner.training_log import read_training_log
+from tests.builders.learner_fakes import FakeBroker
+from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for
 from tests.distributed.rank_processes import meet, run_ranks
-from tests.learner_fakes import FakeBroker
-from tests.learner_runs import NUM_STEPS, one_rank, run_one, settings_for
 
 pytestmark = pytest.mark.slow
 TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}

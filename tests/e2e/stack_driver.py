@@ -19,7 +19,7 @@ from rollstream.run_folder import RunFolder
 from rollstream.stack.plan import LaunchSettings, RoleName
 from rollstream.stack.restart_policy import RestartSettings
 from rollstream.stack.running import StackOptions, StackResult, run_stack
-from tests.config_builders import PROJECT_ROOT, make_mapping, write_file
+from tests.builders.configs import PROJECT_ROOT, make_mapping, write_file
 
 QUICK = RestartSettings(first_delay_s=0.02, longest_delay_s=0.1)
 MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")

@@ -21,8 +21,8 @@ import typer.main
 
 from rollstream.commands.program import app
 from rollstream.stack.ports_in_use import free_loopback_port
-from tests.config_builders import write_file
-from tests.dataset_builders import write_voc
+from tests.builders.configs import write_file
+from tests.builders.datasets import write_voc
 from tests.redis_servers import program_or_skip
 from tests.source_tree import PACKAGES, ROOT
 

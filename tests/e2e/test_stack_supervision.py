@@ -21,7 +21,7 @@ from configs import load_config
 from rollstream.stack.embedded_redis import EmbeddedRedis
 from rollstream.stack.ports_in_use import free_loopback_port
 from rollstream.stack.running import StackOptions, run_stack
-from tests.config_builders import PROJECT_ROOT
+from tests.builders.configs import PROJECT_ROOT
 from tests.e2e.stack_driver import FakeStack
 
 NUM_SERVING = 5  # archive, packer, dispatcher, matcher, producer

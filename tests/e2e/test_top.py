@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from rollstream.run_folder import RunFolder
+from tests.builders.run_folders import START_MS, make_run_folder, make_sample, make_step, write_json_lines
 from tests.e2e.conftest import ROOT
-from tests.run_folder_builders import START_MS, make_run_folder, make_sample, make_step, write_json_lines
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 COLUMNS, LINES = 80, 24

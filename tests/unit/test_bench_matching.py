@@ -11,7 +11,7 @@ from rich.console import Console
 from consumers.transport_targets import TransportSettings, barycentric_targets
 from rollstream.bench.matching import GEOMETRIES, OBJECT_COUNTS, MatchingBenchReport, run_matching_bench
 from rollstream.bench.references.matching import reference_target
-from tests.tokenizer_builders import make_polygon
+from tests.builders.tokenizers import make_polygon
 
 
 @pytest.fixture(scope="module")

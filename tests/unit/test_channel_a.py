@@ -20,7 +20,7 @@ from broker_schemas.records.records import GroundTruthObject, MatchedSegment
 from learner.augmentation import AugmentationSettings
 from learner.channel_a import ChannelASettings, ChannelASource, build_segment, tokenize_payload
 from learner.collation import CollationSettings, SegmentPixels, check_segment
-from tests.dataset_builders import BOX, POLYGON, dataset_line, write_jsonl
+from tests.builders.datasets import BOX, POLYGON, dataset_line, write_jsonl
 
 NUM_SAMPLES = 5
 BOX_OBJECT = GroundTruthObject(desc="WBC", geometry="bbox_2d", bins=(406, 368, 767, 784))

@@ -20,7 +20,7 @@ from learner.checkpoints import (
 )
 from learner.optimization import OptimizationSettings, build_optimizer
 from learner.weights import is_publication_due, policy_version_at, publish_weights
-from tests.learner_builders import tiny_model
+from tests.builders.learners import tiny_model
 
 pytestmark = pytest.mark.req("Q-10")
 

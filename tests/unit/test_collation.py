@@ -12,7 +12,7 @@ from torch import Tensor
 from broker_schemas.errors import DataError
 from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import PackedRow, SegmentPixels, collate_row
-from tests.learner_builders import COLLATION, FIRST_COORD_ID, IMAGE_TOKEN_ID, make_pixels, make_segment
+from tests.builders.learners import COLLATION, FIRST_COORD_ID, IMAGE_TOKEN_ID, make_pixels, make_segment
 
 
 def ramp_positions(input_ids: Tensor, is_image_token: Tensor, grids_thw: Tensor | None) -> Tensor:

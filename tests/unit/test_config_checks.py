@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.cross_checks import nearest_multiples
-from tests.config_builders import METHOD, load_mapping, make_mapping, put, refusal
+from tests.builders.configs import METHOD, load_mapping, make_mapping, put, refusal
 
 VARIANTS = ("rollout_matching_sft", "stage2_ab_training", "stage2_async")
 

@@ -13,7 +13,7 @@ from configs.schema import AB_VARIANTS
 from configs.schema_walk import schema_keys
 from configs.show import check_files
 from configs.validation import STAND_INS
-from tests.config_builders import METHOD, PROJECT_ROOT
+from tests.builders.configs import METHOD, PROJECT_ROOT
 
 CONFIGS = PROJECT_ROOT / "configs"
 TEMPLATE = CONFIGS / "rollout_matching" / "template.yaml"

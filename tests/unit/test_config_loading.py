@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from configs import ConfigError, load_config
 from configs.loader import read_config
 from configs.source_lines import ConfigYamlDumper, parse_yaml
-from tests.config_builders import load_mapping, make_mapping, put, refusal, write_file
+from tests.builders.configs import load_mapping, make_mapping, put, refusal, write_file
 
 VALID_TEXT = """\
 run: {name: test}

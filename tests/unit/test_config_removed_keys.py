@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from configs.removed_keys import REMOVED_KEYS
-from tests.config_builders import METHOD, make_mapping, put, refusal
+from tests.builders.configs import METHOD, make_mapping, put, refusal
 
 DECODE = "use custom.extra.rollout_matching.decode_batch_size"
 ASYNC = "choose custom.trainer_variant: stage2_async; the queue's keys are stage2_async.*"

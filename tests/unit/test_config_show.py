@@ -11,7 +11,7 @@ import pytest
 from configs import load_config
 from configs.schema_walk import schema_keys
 from configs.show import check_files, json_schema, markdown_table, resolved_yaml, sourced_values, with_sources
-from tests.config_builders import PROJECT_ROOT, load_mapping, make_mapping, write_file
+from tests.builders.configs import PROJECT_ROOT, load_mapping, make_mapping, write_file
 
 SHIPPED = sorted(p for p in (PROJECT_ROOT / "configs").rglob("*.yaml") if p.name != "template.yaml")
 

@@ -11,7 +11,7 @@ import pytest
 from broker_schemas.errors import DataError
 from broker_schemas.method.dataset import order_objects, read_dataset
 from broker_schemas.records.records import GroundTruthObject
-from tests.dataset_builders import BOX, POLYGON, dataset_line, write_jsonl, write_picture
+from tests.builders.datasets import BOX, POLYGON, dataset_line, write_jsonl, write_picture
 
 
 def box(left: int, top: int, desc: str = "a") -> GroundTruthObject:

@@ -12,7 +12,7 @@ import pytest
 from broker_schemas.errors import DataError
 from broker_schemas.method.dataset import read_dataset
 from rollstream.datasets.importing import import_dataset
-from tests.dataset_builders import write_coco, write_picture
+from tests.builders.datasets import write_coco, write_picture
 
 TRIANGLE = [8.0, 6.0, 8.0, 18.0, 28.0, 6.0, 8.0, 6.0]
 MASK = {"counts": "abc", "size": [48, 64]}

@@ -10,7 +10,7 @@ import pytest
 from broker_schemas.errors import DataError
 from broker_schemas.method.dataset import read_dataset
 from rollstream.datasets.importing import import_dataset
-from tests.dataset_builders import tree_bytes, write_labelme, write_picture
+from tests.builders.datasets import tree_bytes, write_labelme, write_picture
 
 POLYGON = {"points": [[8, 6], [8, 18], [28, 6]]}
 RECTANGLE = {"shape_type": "rectangle", "points": [[28, 18], [8, 6]], "label": "box"}

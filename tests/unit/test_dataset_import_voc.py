@@ -12,7 +12,7 @@ from PIL import Image
 from broker_schemas.errors import DataError
 from broker_schemas.method.dataset import read_dataset
 from rollstream.datasets.importing import describe_summary, import_dataset
-from tests.dataset_builders import tree_bytes, write_picture, write_voc
+from tests.builders.datasets import tree_bytes, write_picture, write_voc
 
 GOOD = ("RBC", 5, 7, 30, 40)
 

@@ -25,7 +25,7 @@ from rollstream.doctor.broker import (
 from rollstream.doctor.findings import fail, ok, render_findings
 from rollstream.run_lock import StackLock
 from rollstream.wiring.access import PORT_OFFSETS
-from tests.config_builders import METHOD, load_mapping, make_mapping, put
+from tests.builders.configs import METHOD, load_mapping, make_mapping, put
 
 FACTS = BrokerFacts(
     server="7.2.0",

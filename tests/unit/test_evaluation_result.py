@@ -15,8 +15,8 @@ from broker_schemas.errors import MalformedRecord
 from broker_schemas.method.payload import render_payload
 from consumers.evaluation_result import EvaluationResult
 from consumers.record_matching import match_record
-from tests.segment_builders import IMAGE, make_rollout, make_tools
-from tests.tokenizer_builders import coord_vocabulary, make_box, make_polygon, plain_tokenizer
+from tests.builders.rollouts import IMAGE, make_rollout, make_tools
+from tests.builders.tokenizers import coord_vocabulary, make_box, make_polygon, plain_tokenizer
 
 TRUTH = [make_box("far", (1, 1, 40, 40)), make_box("near"), make_polygon()]
 SAID = [make_box("near"), make_box("wrong", (900, 900, 990, 990))]

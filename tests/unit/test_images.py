@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor
 
 from broker_schemas.errors import DataError
 from broker_schemas.method.images import ImageProcessor, confine_image_path
-from tests.dataset_builders import write_picture
+from tests.builders.datasets import write_picture
 
 
 def noise_picture(file: Path, width: int, height: int) -> Path:

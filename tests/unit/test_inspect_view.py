@@ -18,7 +18,7 @@ from rollstream.show.inspect_view import (
     sequence_text,
     token_roles,
 )
-from tests.inspection_builders import (
+from tests.builders.inspections import (
     APPENDED,
     PREFIX,
     PROMPT,

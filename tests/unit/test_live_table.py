@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 
 from rollstream.run_folder import RunFolder
 from rollstream.watch.live_table import LiveView, bottleneck
-from tests.run_folder_builders import START_MS, make_config, make_run_folder, make_sample, make_step
+from tests.builders.run_folders import START_MS, make_config, make_run_folder, make_sample, make_step
 
 NOW_MS = START_MS + 31_000
 

@@ -15,7 +15,7 @@ from broker_schemas.errors import DataError, NonFiniteLoss
 from broker_schemas.records.records import MatchedSegment
 from learner.losses import LossSettings, SegmentLosses, segment_losses, soft_targets, supervised_losses
 from learner.supervision import supervise_row
-from tests.learner_builders import COORD_IDS, FIRST_COORD_ID, VOCABULARY_SIZE, make_segment
+from tests.builders.learners import COORD_IDS, FIRST_COORD_ID, VOCABULARY_SIZE, make_segment
 
 SETTINGS = LossSettings(coord_ids=COORD_IDS)
 

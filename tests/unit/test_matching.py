@@ -13,7 +13,7 @@ import pytest
 from broker_schemas.records.records import GroundTruthObject
 from consumers.matching import MatchSettings, candidate_ious, match_objects
 from consumers.shapes import is_degenerate
-from tests.tokenizer_builders import make_box, make_polygon
+from tests.builders.tokenizers import make_box, make_polygon
 
 DEFAULTS = MatchSettings()
 

@@ -16,7 +16,7 @@ from rollstream.show.report.counting import key_numbers
 from rollstream.stack.monitor import LAG_OVER_RECORDS, BrokerWatch, GeneratedLag, Monitor, sample_of
 from rollstream.stack.role_messages import error_message, last_lines
 from rollstream.stack.view import plain_line
-from tests.run_folder_builders import make_sample, make_step
+from tests.builders.run_folders import make_sample, make_step
 
 ROLES: list[dict[str, Any]] = [{"role": "producer", "index": 0, "state": "running", "pid": 7, "restarts": 2}]
 

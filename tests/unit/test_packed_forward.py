@@ -10,7 +10,7 @@ import torch
 from broker_schemas.records.records import MatchedSegment
 from learner.collation import PackedRow, collate_row
 from learner.packed_forward import forward_row, position_rule_of
-from tests.learner_builders import COLLATION, make_pixels, make_segment, tiny_model
+from tests.builders.learners import COLLATION, make_pixels, make_segment, tiny_model
 
 torch.set_num_threads(1)
 GRIDS = [(1, 4, 4), (1, 2, 6), None, (1, 8, 2)]

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from broker_schemas.method.payload import render_payload
 from consumers.parsing import ParsedRollout, parse_rollout
 from consumers.token_bytes import token_bytes_of
-from tests.tokenizer_builders import (
+from tests.builders.tokenizers import (
     byte_fallback_tokenizer,
     coord_vocabulary,
     encode,

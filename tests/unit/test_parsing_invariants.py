@@ -14,7 +14,7 @@ from broker_schemas.method.payload import render_payload
 from consumers.fragments import encode_fragment
 from consumers.parsing import ParsedRollout, parse_rollout
 from consumers.token_bytes import token_bytes_of
-from tests.tokenizer_builders import (
+from tests.builders.tokenizers import (
     byte_fallback_tokenizer,
     coord_vocabulary,
     encode,

@@ -16,7 +16,7 @@ from broker_schemas.errors import (
 )
 from broker_schemas.records.records import MatchedSegment
 from learner.patient_broker import PatientBroker
-from tests.learner_fakes import FakeBroker, rollout_segment
+from tests.builders.learner_fakes import FakeBroker, rollout_segment
 from tests.unit.test_step_decision import decide
 
 

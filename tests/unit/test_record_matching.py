@@ -12,8 +12,14 @@ from tokenizers import Tokenizer, models
 from broker_schemas.errors import DataError
 from broker_schemas.records.records import GroundTruthObject
 from consumers.record_matching import MatcherTools, match_record, match_rollout
-from tests.segment_builders import make_rollout, make_tools
-from tests.tokenizer_builders import coord_vocabulary, make_box, make_polygon, plain_tokenizer, random_objects
+from tests.builders.rollouts import make_rollout, make_tools
+from tests.builders.tokenizers import (
+    coord_vocabulary,
+    make_box,
+    make_polygon,
+    plain_tokenizer,
+    random_objects,
+)
 
 
 @pytest.mark.req("M-6")

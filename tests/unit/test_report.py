@@ -23,7 +23,7 @@ from rollstream.show.drawing import GROUND_TRUTH_COLOUR, PREDICTION_COLOUR
 from rollstream.show.report import build_report, render_html, render_terminal, write_report
 from rollstream.show.report.gathering import sum_lines
 from rollstream.show.report.series import Clock, running_mean, thin
-from tests.run_folder_builders import (
+from tests.builders.run_folders import (
     make_audit,
     make_config,
     make_evaluation,

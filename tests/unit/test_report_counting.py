@@ -11,7 +11,7 @@ from rollstream.show.report.counting import (
     number,
     rate_per_s,
 )
-from tests.run_folder_builders import START_MS, make_sample, make_step
+from tests.builders.run_folders import START_MS, make_sample, make_step
 
 
 def test_realised_and_scheduled_b_steps_and_skips_are_counted_by_hand() -> None:

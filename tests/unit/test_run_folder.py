@@ -17,7 +17,7 @@ from rollstream.run_folder import (
     read_json_map,
     read_resolved_config,
 )
-from tests.run_folder_builders import make_step
+from tests.builders.run_folders import make_step
 
 
 def test_every_name_lies_inside_the_run_folder_and_none_is_used_twice(tmp_path: Path) -> None:

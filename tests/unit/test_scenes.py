@@ -15,7 +15,7 @@ from broker_schemas.method.polygon import is_canonical
 from rollstream.datasets.digit_outline import digit_shape, ink_contours, simplify_outline
 from rollstream.datasets.scene_drawing import SceneSettings, draw_scene
 from rollstream.datasets.scenes import make_scenes, split_shapes
-from tests.dataset_builders import tree_bytes
+from tests.builders.datasets import tree_bytes
 
 
 @pytest.fixture(scope="module")

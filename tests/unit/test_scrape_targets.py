@@ -16,7 +16,7 @@ from rollstream.stack.scrape_targets import (
     targets_path,
     write_targets,
 )
-from tests.config_builders import load_mapping, make_mapping
+from tests.builders.configs import load_mapping, make_mapping
 from tests.source_tree import ROOT
 
 

@@ -23,8 +23,8 @@ from consumers.parsing import parse_rollout
 from consumers.record_matching import MatcherTools, match_record
 from consumers.segments import SegmentVocabulary, build_segment
 from consumers.token_bytes import token_bytes_of
-from tests.segment_builders import make_rollout, make_tools
-from tests.tokenizer_builders import (
+from tests.builders.rollouts import make_rollout, make_tools
+from tests.builders.tokenizers import (
     coord_vocabulary,
     encode,
     fusing_tokenizer,

@@ -8,7 +8,7 @@ import pytest
 
 from broker_schemas.errors import DataError
 from rollstream.staged_folder import check_replaceable, made_by, staged_folder
-from tests.dataset_builders import tree_bytes
+from tests.builders.datasets import tree_bytes
 
 
 def make(folder: Path, text: str, maker: str = "data scenes") -> None:

@@ -19,7 +19,7 @@ from learner.optimization import OptimizationSettings, learning_rate_at
 from learner.settings import EarlyStopSettings
 from learner.step_decision import decide_step
 from learner.stop_request import StopRequest
-from tests.learner_fakes import FakeBroker
+from tests.builders.learner_fakes import FakeBroker
 
 
 class NoPause(StopRequest):

@@ -14,7 +14,7 @@ from broker_schemas.errors import ConfigError
 from configs import load_config
 from rollstream.sweep.grid import Cell, Grid, parse_grid, run_name, slug, yaml_text
 from rollstream.sweep.running import SHIPPED_GRID
-from tests.config_builders import PROJECT_ROOT
+from tests.builders.configs import PROJECT_ROOT
 
 B_RATIO = "stage2_ab.schedule.b_ratio"
 SYNC, WINDOW = "stage2_async.sync_every_steps", "stage2_async.version_window"

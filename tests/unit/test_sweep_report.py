@@ -15,7 +15,7 @@ from rollstream.sweep.figures import MEASURES, lines_of, sweep_plots
 from rollstream.sweep.grid import parse_grid
 from rollstream.sweep.numbers import CellNumbers, cell_numbers
 from rollstream.sweep.report import COLUMNS, Sweep, numbers_row, render_sweep, render_sweep_page
-from tests.run_folder_builders import START_MS, make_sample, make_step
+from tests.builders.run_folders import START_MS, make_sample, make_step
 
 GRID = parse_grid(
     "blocks:\n"

@@ -17,7 +17,7 @@ from broker_schemas.method.payload import render_entries, render_payload
 from broker_schemas.method.prompt import PromptBuilder
 from broker_schemas.records.records import GroundTruthObject
 from rollstream.models.tiny_model import PRESETS, TinySizes, make_tiny_model
-from tests.dataset_builders import tree_bytes, write_picture
+from tests.builders.datasets import tree_bytes, write_picture
 
 BOX = GroundTruthObject(desc="three", geometry="bbox_2d", bins=(406, 368, 767, 784))
 POLYGON = GroundTruthObject(desc="leaf", geometry="poly", bins=(1, 2, 30, 4, 15, 60))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from consumers.token_bytes import TokenBytes, UnspeakableText, token_bytes_of
-from tests.tokenizer_builders import (
+from tests.builders.tokenizers import (
     byte_fallback_tokenizer,
     encode,
     fusing_tokenizer,

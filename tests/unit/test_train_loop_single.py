@@ -17,9 +17,9 @@ from learner.checkpoints import latest_checkpoint, read_trainer_state
 from learner.losses import LossSettings
 from learner.settings import EarlyStopSettings
 from learner.training_log import TrainingLog, read_training_log
-from tests.learner_builders import COORD_IDS
-from tests.learner_fakes import FakeBroker
-from tests.learner_runs import one_rank, run_one, settings_for
+from tests.builders.learner_fakes import FakeBroker
+from tests.builders.learner_runs import one_rank, run_one, settings_for
+from tests.builders.learners import COORD_IDS
 
 torch.set_num_threads(1)
 

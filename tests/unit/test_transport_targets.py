@@ -19,7 +19,7 @@ from consumers.transport_targets import (
     barycentric_targets,
     targets_of_pairs,
 )
-from tests.tokenizer_builders import make_box, make_polygon, random_objects
+from tests.builders.tokenizers import make_box, make_polygon, random_objects
 
 DEFAULTS = TransportSettings()
 

@@ -19,7 +19,7 @@ from producers.rollout_backend import DecodingSettings
 from producers.vllm_backend import VllmBackend, VllmBackendSettings
 from producers.vllm_client import RetrySettings
 from producers.vllm_servers import ServerFleet
-from tests.vllm_fakes import END_ID, FakeVllm, chat_reply, tokens_reply
+from tests.builders.vllm_fakes import END_ID, FakeVllm, chat_reply, tokens_reply
 
 POLICY = PublishedPolicy(policy_version=3, optimizer_step=3, weights_path="/p/v3", published_at_ms=0)
 

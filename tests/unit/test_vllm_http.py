@@ -9,7 +9,7 @@ import pytest
 
 from broker_schemas.errors import RolloutServerError, ServerFailed, ServerRefused, ServerUnavailable
 from broker_schemas.rollout_servers.vllm_http import MAX_REPLY_BYTES, VllmServer, server_errors
-from tests.vllm_fakes import FakeVllm
+from tests.builders.vllm_fakes import FakeVllm
 
 
 def answering(response: httpx.Response) -> FakeVllm:

@@ -22,7 +22,7 @@ from rollstream.vllm.plan import (
     plan_servers,
 )
 from rollstream.vllm.serving import vllm_python
-from tests.config_builders import load_mapping, make_mapping
+from tests.builders.configs import load_mapping, make_mapping
 
 
 @pytest.fixture(scope="module")

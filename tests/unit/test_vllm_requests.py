@@ -12,7 +12,7 @@ from broker_schemas.errors import PromptMismatch, ServerFailed, ServerRefused
 from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
 from producers.rollout_backend import DecodingSettings, Generation
 from producers.vllm_requests import PromptRequest, build_body, read_generation
-from tests.vllm_fakes import END_ID, chat_reply, tokens_reply
+from tests.builders.vllm_fakes import END_ID, chat_reply, tokens_reply
 
 PROMPT = [602, 607, 607, 397]
 DECODING = DecodingSettings(max_new_tokens=3, temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1)

@@ -18,7 +18,7 @@ from broker_schemas.rollout_servers.weight_label import WeightLabel
 from broker_schemas.rollout_servers.weight_sync import load_into_servers
 from learner.server_sync import ServerSync
 from producers.vllm_servers import ServerFleet, check_room
-from tests.vllm_fakes import FakeVllm
+from tests.builders.vllm_fakes import FakeVllm
 
 LABEL = WeightLabel(policy_version=3, weights_path="/p/v3")
 POLICY = PublishedPolicy(policy_version=3, optimizer_step=3, weights_path="/p/v3", published_at_ms=0)

@@ -30,7 +30,7 @@ from rollstream.datasets.scenes import make_scenes
 from rollstream.models.tiny_model import make_tiny_model
 from rollstream.vllm.plan import ServeOptions, ServerPlan, plan_servers
 from rollstream.vllm.serving import VllmProcess, vllm_python
-from tests.config_builders import load_mapping, make_mapping
+from tests.builders.configs import load_mapping, make_mapping
 from tests.vllm.weights import publish_shaken
 
 START_TIMEOUT_S = 300.0

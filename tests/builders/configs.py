@@ -11,7 +11,7 @@ import yaml
 
 from configs import ConfigError, RunConfig, load_config
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 METHOD = "custom.extra.rollout_matching"
 VALID: dict[str, Any] = {
     "run": {"name": "test"},

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from broker_schemas.method.payload import render_payload
 from broker_schemas.records.records import GroundTruthObject, ImageReference, SegmentRecord
 from consumers.record_matching import MatcherTools
-from tests.tokenizer_builders import encode, make_box, plain_tokenizer
+from tests.builders.tokenizers import encode, make_box, plain_tokenizer
 
 IMAGE = ImageReference(path="images/1.png", width=640, height=480, grid_thw=(1, 16, 12))
 NUM_IMAGE_TOKENS = 48

@@ -12,7 +12,7 @@ import numpy as np
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import SegmentPixels
-from tests.learner_builders import make_pixels, make_segment
+from tests.builders.learners import make_pixels, make_segment
 
 PACKS_IN_STEP = 2
 SEGMENTS_IN_PACK = 3

@@ -19,8 +19,8 @@ from learner.step_rows import RowSources
 from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome, run_learner
 from learner.training_log import TrainingLog
-from tests.learner_builders import COLLATION, COORD_IDS, tiny_model
-from tests.learner_fakes import FakeBroker, FakeGroundTruth, FakePixels
+from tests.builders.learner_fakes import FakeBroker, FakeGroundTruth, FakePixels
+from tests.builders.learners import COLLATION, COORD_IDS, tiny_model
 
 NUM_STEPS = 6
 
