@@ -1,4 +1,4 @@
-"""Tokens of what is appended to a kept prefix, and which of them are descriptions and coordinate slots.
+"""Tokens of what follows a prefix: which of them are appended, descriptions and coordinate slots.
 
 Owns the fragment of section 7; it must not know records, matches or losses.
 """
@@ -26,29 +26,32 @@ class FragmentNotEncoded(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fragment:
-    """The appended tokens ``ids`` (F,); ``desc_mask`` (F,) marks any token that overlaps a ``desc`` value.
+    """The tokens ``ids`` (F,) of ``text``, which is the open tail of a prefix and what is appended to it.
 
-    ``slot_positions`` (S,) index the coordinate tokens outside descriptions, ``slot_bins`` (S,) are their
-    bins.
+    ``ids[:num_kept]`` hold bytes of the tail alone, any other token is appended, also where it begins in
+    the tail. ``desc_mask`` (F,) marks any token that overlaps a ``desc`` value. ``slot_positions`` (S,) index
+    the coordinate tokens outside descriptions, ``slot_bins`` (S,) are their bins.
     """
 
     text: str
     ids: NDArray[np.int32]
+    num_kept: int
     desc_mask: NDArray[np.bool_]
     slot_positions: NDArray[np.int64]
     slot_bins: NDArray[np.int64]
 
 
 def render_fragment(parsed: ParsedRollout, missing: Sequence[GroundTruthObject]) -> RenderedEntries:
-    """Return the text that closes ``parsed`` after appending ``missing`` in order; just ``}`` for none."""
-    opening = ", " if missing and parsed.holds_entry else ""
+    """Return the open tail of ``parsed``, then ``missing`` in order, then ``}``."""
+    comma = ", " if missing and parsed.holds_entry else ""
+    opening = parsed.open_tail + comma
     return render_entries(missing, first_number=parsed.next_object_number, opening=opening)
 
 
 def encode_fragment(
     parsed: ParsedRollout, missing: Sequence[GroundTruthObject], tokenizer: Any, coord_vocab: CoordVocabulary
 ) -> Fragment:
-    """Return the fragment that appends ``missing``, tokenised on its own.
+    """Return the open tail and the fragment that appends ``missing``, encoded as one text.
 
     A tokenizer that normalises text gets the descriptions in its own normal form, so that spans stay exact.
     Raises FragmentNotEncoded.
@@ -78,6 +81,7 @@ def encode_fragment(
     return Fragment(
         text=rendered.text,
         ids=ids.astype(np.int32),
+        num_kept=int(np.searchsorted(ends, len(parsed.open_tail), side="right")),
         desc_mask=desc_mask,
         slot_positions=slots,
         slot_bins=bins[slots],

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +25,7 @@ from consumers.validation import Geometry, parse_json, validate_object
 END_TOKEN: Final = "<|im_end|>"
 _END_BYTES: Final = END_TOKEN.encode()
 _SEPARATOR: Final = re.compile(rb"[ \t\n\r]*,[ \t\n\r]*")
+_STRUCTURE: Final = b'"[]{}, \t\n\r'
 _SPACE: Final = re.compile(rb"[ \t\n\r]*")
 
 
@@ -46,15 +48,18 @@ class ParsedObject:
 class ParsedRollout:
     """What a rollout says, and how far it may be kept.
 
-    ``objects`` are the valid ones in appearance order. ``prefix_ids`` are the kept tokens, open for
-    appending; ``holds_entry`` says whether an entry is among them, valid or not. ``dropped`` maps a reason
-    to how many objects it cost. An ``is_invalid_rollout`` has the prefix ``{`` that is not its own and no
-    objects.
+    ``objects`` are the valid ones in appearance order. ``prefix_text`` is the kept text, open for appending;
+    ``holds_entry`` says whether an entry is in it, valid or not. ``prefix_ids`` are its tokens up to the last
+    one that holds anything but closing structure, ``open_tail`` is the structure after them: it is encoded
+    together with what is appended, so that the join has the tokens that a model writes there (section 7).
+    ``dropped`` maps a reason to how many objects it cost. An ``is_invalid_rollout`` has the text ``{`` that
+    is not its own and no objects.
     """
 
     objects: tuple[ParsedObject, ...]
     prefix_ids: tuple[int, ...]
     prefix_text: str
+    open_tail: str
     holds_entry: bool
     next_object_number: int
     dropped: Mapping[str, int]
@@ -69,7 +74,6 @@ def parse_rollout(
 
     ``tokenizer`` is a ``tokenizers.Tokenizer`` or holds one as ``backend_tokenizer``. No token sequence
     raises: an empty one, prose or an id outside the vocabulary gives a rollout that says so.
-    Raises UnspeakableText only for a tokenizer that cannot write ``{``.
     """
     table = token_bytes_of(tokenizer)
     data, ends = table.join(token_ids)
@@ -78,27 +82,25 @@ def parse_rollout(
         data = data[:stop]
     opening = opening_offset(data)
     if opening is None:
-        return _invalid_rollout(table)
+        return _INVALID_ROLLOUT
     scan = scan_payload(data, opening)
     kept = _Kept.of(data, scan)
     ids = token_ids.tolist() if isinstance(token_ids, np.ndarray) else [int(i) for i in token_ids]
     prefix = _cut_prefix(kept, ids, ends, table)
-    if prefix is None:
-        return _invalid_rollout(table)
     return _read_objects(kept, prefix, ends, coord_vocab)
 
 
-def _invalid_rollout(table: TokenBytes) -> ParsedRollout:
-    return ParsedRollout(
-        objects=(),
-        prefix_ids=tuple(table.spell(b"{")),
-        prefix_text="{",
-        holds_entry=False,
-        next_object_number=1,
-        dropped={},
-        truncated=False,
-        is_invalid_rollout=True,
-    )
+_INVALID_ROLLOUT: Final = ParsedRollout(
+    objects=(),
+    prefix_ids=(),
+    prefix_text="{",
+    open_tail="{",
+    holds_entry=False,
+    next_object_number=1,
+    dropped=MappingProxyType({}),
+    truncated=False,
+    is_invalid_rollout=True,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,12 +131,9 @@ class _Kept:
             self.dropped[reason] += self.num_entries - num_entries
             self.num_entries = num_entries
 
-    def drop_last(self) -> bool:
-        """Give up the last entry, because the tokenizer cannot write its cut; False where none is left."""
-        if not self.num_entries:
-            return False
+    def drop_last(self) -> None:
+        """Give up the last entry, because the tokenizer cannot write its cut."""
         self._cut_at(self.num_entries - 1, "malformed_json")
-        return True
 
 
 def _first_break(data: bytes, scan: Scan) -> int:
@@ -179,21 +178,25 @@ class _Prefix:
     end: int
 
 
-def _cut_prefix(kept: _Kept, ids: list[int], ends: NDArray[np.int64], table: TokenBytes) -> _Prefix | None:
-    """Cut after the last kept entry; only the token the cut falls into is spelled anew."""
+def _cut_prefix(kept: _Kept, ids: list[int], ends: NDArray[np.int64], table: TokenBytes) -> _Prefix:
+    """Cut before the closing structure of the kept text; only a token that reaches past it is spelled anew.
+
+    A token that ends inside the kept structure stays whole: it is what the model wrote there.
+    """
     while True:
-        end = kept.end
-        last = int(np.searchsorted(ends, end))  # the token that holds the byte before the cut
-        if int(ends[last]) == end:
-            return _Prefix(ids=tuple(ids[: last + 1]), num_exact=last + 1, end=end)
+        solid_end = len(kept.data[: kept.end].rstrip(_STRUCTURE))
+        if not solid_end:
+            return _Prefix(ids=(), num_exact=0, end=0)
+        last = int(np.searchsorted(ends, solid_end))  # the token that holds the last byte of content
+        if int(ends[last]) <= kept.end:
+            return _Prefix(ids=tuple(ids[: last + 1]), num_exact=last + 1, end=int(ends[last]))
         start = int(ends[last - 1]) if last else 0
         try:
-            respelled = table.spell(kept.data[start:end])
+            respelled = table.spell(kept.data[start:solid_end])
         except UnspeakableText:
-            if kept.drop_last():
-                continue
-            return None
-        return _Prefix(ids=(*ids[:last], *respelled), num_exact=last, end=end)
+            kept.drop_last()
+            continue
+        return _Prefix(ids=(*ids[:last], *respelled), num_exact=last, end=solid_end)
 
 
 def _read_objects(
@@ -202,7 +205,7 @@ def _read_objects(
     entries = kept.scan.entries[: kept.num_entries]
     keys = sorted(
         [(entry.key_start, entry.number, entry) for entry in entries]
-        + [(offset, number, None) for number, offset in kept.scan.bare_keys if offset < prefix.end],
+        + [(offset, number, None) for number, offset in kept.scan.bare_keys if offset < kept.end],
         key=itemgetter(0),
     )
     captures = _capture(entries, prefix.ids[: prefix.num_exact], ends, coord_vocab)
@@ -230,7 +233,8 @@ def _read_objects(
     return ParsedRollout(
         objects=tuple(objects),
         prefix_ids=prefix.ids,
-        prefix_text=kept.data[: prefix.end].decode(errors="replace"),
+        prefix_text=kept.data[: kept.end].decode(errors="replace"),
+        open_tail=kept.data[prefix.end : kept.end].decode(),
         holds_entry=kept.num_entries > 0,
         next_object_number=1 + max(seen, default=0),
         dropped={reason: count for reason, count in dropped.items() if count},

@@ -41,7 +41,7 @@ def build_segment(
 
     ``targets[i]`` are the target bins of ``match.pairs[i]``, as many as its prediction has, or None for a
     pair without a target: it is excluded and its ground truth appended. Appended objects keep the order of
-    the record. Nothing to append gives the prefix closed by ``}``. Raises FragmentNotEncoded.
+    the record. Nothing to append gives the kept text closed by ``}``. Raises FragmentNotEncoded.
     """
     excluded = [truth for (_, truth), target in zip(match.pairs, targets, strict=True) if target is None]
     appended = sorted([*match.unmatched_ground_truth, *excluded])
@@ -100,7 +100,8 @@ def _assemble(
     desc_mask = np.zeros(len(token_ids), dtype=np.bool_)
     desc_mask[fragment_start:-1] = fragment.desc_mask
     ce_mask = np.zeros(len(token_ids), dtype=np.bool_)
-    ce_mask[fragment_start:] = ~desc_mask[fragment_start:]
+    first_appended = fragment_start + fragment.num_kept
+    ce_mask[first_appended:] = ~desc_mask[first_appended:]
     ce_mask[appended_slots] = False
     response = record.response_token_ids
     num_shared = _num_shared(response, token_ids[prefix_start:])

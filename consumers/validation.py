@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from broker_schemas.method.coordinates import coordinate_token
+from broker_schemas.method.coordinates import NUM_BINS, coordinate_token
 
 Geometry = Literal["bbox_2d", "poly"]
 DropReason = Literal[
@@ -20,8 +20,8 @@ DropReason = Literal[
     "missing_desc",
     "missing_geom",
     "unknown_geom",
-    "wrong_arity",
     "non_coord_token",
+    "wrong_arity",
     "bbox_invalid",
     "unbalanced",
 ]
@@ -33,12 +33,14 @@ DROP_REASONS: Final[tuple[DropReason, ...]] = (
     "missing_desc",
     "missing_geom",
     "unknown_geom",
-    "wrong_arity",
     "non_coord_token",
+    "wrong_arity",
     "bbox_invalid",
     "unbalanced",
 )
 _GEOMETRIES: Final[tuple[Geometry, ...]] = ("bbox_2d", "poly")
+_COORDINATES: Final = tuple(coordinate_token(index) for index in range(NUM_BINS))
+_IS_COORDINATE: Final = frozenset(_COORDINATES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,30 +115,35 @@ def _plain(value: Any) -> Any:
 
 
 def _has_invalid_keys(pairs: _Pairs) -> bool:
-    """Foreign, repeated or contradicting keys; a lone unknown key with a list is an unknown geometry."""
+    """Repeated or contradicting keys, or foreign ones beside others; a lone foreign key is no geometry."""
     names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        return True
-    others = [(name, value) for name, value in pairs if name != "desc"]
-    if len(others) > 1:
-        return True
-    return any(name not in _GEOMETRIES and not _is_list(value) for name, value in others)
+    return len(set(names)) != len(names) or len(names) - ("desc" in names) > 1
+
+
+def _geometry_problem(geometry: Geometry, value: Any, captured_bins: Sequence[int]) -> DropReason | None:
+    values = _flat_values(geometry, value)
+    if values != [_COORDINATES[index] for index in captured_bins]:
+        return "wrong_arity" if _holds_coordinates_alone(value) else "non_coord_token"
+    if geometry == "poly":
+        return None
+    x1, y1, x2, y2 = captured_bins
+    return "bbox_invalid" if x2 <= x1 or y2 <= y1 else None
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list) and not isinstance(value, _Pairs)
 
 
-def _geometry_problem(geometry: Geometry, value: Any, captured_bins: Sequence[int]) -> DropReason | None:
-    values = _flat_values(geometry, value)
-    if values is None or len(values) != len(captured_bins):
-        return "wrong_arity"
-    if any(text != coordinate_token(index) for text, index in zip(values, captured_bins, strict=True)):
-        return "non_coord_token"
-    if geometry == "poly":
-        return None
-    x1, y1, x2, y2 = captured_bins
-    return "bbox_invalid" if x2 <= x1 or y2 <= y1 else None
+def _holds_coordinates_alone(value: Any) -> bool:
+    """Whether every value in a list, at any depth, is the text of a coordinate token; none at all passes."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if _is_list(item):
+            waiting += item
+        elif not isinstance(item, str) or item not in _IS_COORDINATE:
+            return False
+    return True
 
 
 def _flat_values(geometry: Geometry, value: Any) -> list[Any] | None:
@@ -144,9 +151,9 @@ def _flat_values(geometry: Geometry, value: Any) -> list[Any] | None:
     if not _is_list(value):
         return None
     if geometry == "bbox_2d":
-        return list(value) if len(value) == 4 else None
+        return value if len(value) == 4 else None
     if value and all(_is_list(item) for item in value):
         if any(len(item) != 2 for item in value):
             return None
         value = [coordinate for point in value for coordinate in point]
-    return list(value) if len(value) >= 6 and len(value) % 2 == 0 else None
+    return value if len(value) >= 6 and len(value) % 2 == 0 else None

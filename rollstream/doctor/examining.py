@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from broker_schemas.errors import ConfigError, DataError, RollstreamError
+from broker_schemas.method.coordinates import CoordVocabulary
 from configs import RunConfig
+from consumers.joins import examine_join
 from producers.chunking import InfeasibleChunk, chunk_per_rank
 from rollstream.doctor.broker import examine_broker
 from rollstream.doctor.findings import Finding, fail, ok, render_findings, warn
@@ -74,6 +76,20 @@ def examine_model(config: RunConfig) -> Iterator[Finding]:
         return
     size = f"{_weights_bytes(folder) / 1e6:.0f} MB"
     yield ok("model", f"{folder}, {size}, {len(prompts.coord_vocab.ids)} coordinate tokens")
+    yield judge_join(prompts.tokenizer, prompts.coord_vocab)
+
+
+def judge_join(tokenizer: Any, coord_vocab: CoordVocabulary) -> Finding:
+    """Say which tokens decide whether an answer goes on, and whether training shows just those [M-7]."""
+    remedy = "use a byte-level or byte-fallback tokenizer that keeps <|coord_0|> to <|coord_999|> whole"
+    try:
+        report = examine_join(tokenizer, coord_vocab)
+    except ValueError as exc:
+        return fail("tokens at the join", str(exc), remedy)
+    if not report.is_exact:
+        found = f"{report.describe()}; made whole again, other tokens stand in {report.differing[0]:.120}"
+        return warn("tokens at the join", found, remedy)
+    return ok("tokens at the join", report.describe())
 
 
 def examine_disk(config: RunConfig) -> Iterator[Finding]:

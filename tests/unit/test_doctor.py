@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.method.prompt import load_tokenizer
 from configs import RunConfig
 from rollstream.doctor import examining as doctor
 from rollstream.doctor.broker import (
@@ -23,6 +25,7 @@ from rollstream.doctor.broker import (
     judge_persistence,
 )
 from rollstream.doctor.findings import fail, ok, render_findings
+from rollstream.models.shipped import SHIPPED_MODEL
 from rollstream.run_lock import StackLock
 from rollstream.wiring.access import PORT_OFFSETS
 from tests.builders.configs import METHOD, load_mapping, make_mapping, put
@@ -142,6 +145,21 @@ def test_a_model_that_is_not_there_is_found(tmp_path: Path) -> None:
     (finding,) = doctor.examine_model(config)
     assert finding.verdict == "fail"
     assert "model.name_or_path" in finding.remedy
+
+
+@pytest.mark.req("M-7")
+def test_the_model_is_told_with_the_tokens_that_decide_whether_an_answer_goes_on(tmp_path: Path) -> None:
+    # given the shipped checkpoint and a tokenizer that truncates
+    shipped = SHIPPED_MODEL
+    config = config_of(tmp_path, model__config=None, model__name_or_path=str(shipped))
+    model, join = doctor.examine_model(config)
+    assert (model.verdict, join.verdict, join.check) == ("ok", "ok", "tokens at the join")
+    assert "goes on with" in join.found
+    broken = load_tokenizer(shipped)
+    broken.enable_truncation(8)
+    finding = doctor.judge_join(broken, CoordVocabulary.from_token_to_id(broken.token_to_id))
+    assert finding.verdict == "fail"
+    assert "does not give back" in finding.found
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_found(

@@ -41,8 +41,9 @@ SNIPPETS = [
 def check_invariants(ids: list[int], tokenizer: Any, parsed: ParsedRollout) -> None:
     table = token_bytes_of(tokenizer)
     own, _ = table.join(ids)
-    kept, _ = table.join(parsed.prefix_ids)
+    kept = table.join(parsed.prefix_ids)[0] + parsed.open_tail.encode()
     assert kept.decode(errors="replace") == parsed.prefix_text
+    assert not set(parsed.open_tail) - set('"[]{}, \t\n\r')
     if parsed.is_invalid_rollout:
         assert kept == b"{"
         return
