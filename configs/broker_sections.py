@@ -47,6 +47,8 @@ class BrokerSection(Section):
 
     url: Annotated[str, AfterValidator(_check_url)] | None = None
     """`redis://host:port/db`, `rediss://...` or `unix:///path`, no credentials; null = embedded Redis."""
+    jobs_url: Annotated[str, AfterValidator(_check_url)] | None = None
+    """A server of its own for RQ's jobs, with the same credentials; a cluster needs one. null = `url`."""
     durability: Literal["always", "everysec", "none"] = "everysec"
     """How often the append-only file reaches the disk; with `always` nothing acknowledged is lost."""
     max_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30

@@ -115,6 +115,7 @@ IGNORED_SETTINGS: tuple[IgnoredSetting, ...] = (
         why=_without_dump,
     ),
     IgnoredSetting(prefix=("broker", "tls"), depends=("broker", "url"), why=_without_tls),
+    IgnoredSetting(prefix=("broker", "jobs_url"), depends=("broker", "url"), why=_without_url),
     IgnoredSetting(prefix=("broker", "username_env"), depends=("broker", "url"), why=_without_url),
     IgnoredSetting(prefix=("broker", "password_env"), depends=("broker", "url"), why=_without_url),
     IgnoredSetting(

@@ -130,8 +130,12 @@ class ProducersSection(Section):
     """Worker processes that `rollstream up` starts."""
     request_size: Count = 4
     """Rollouts in one RQ job."""
-    lease_s: Annotated[float, Field(gt=0, le=60)] = 30.0
-    """Seconds without a sign of life after which a job counts as abandoned and runs again; at most 60."""
+    lease_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds without a sign of life of its worker after which a job counts as abandoned and runs again."""
+    max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Workers that may take a request and abandon it before its rollouts are given up."""
+    job_timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 900
+    """Seconds that one job may take; a hung one is given to another worker then."""
 
 
 class MatchersSection(Section):

@@ -8,12 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rq import Queue
-
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.role_loop import keep_stepping
 from broker_schemas.broker.rollout_requests import (
     LeaseSettings,
+    ReissuedRequest,
     RolloutRequest,
     fail_request,
     issue_requests,
@@ -24,7 +23,7 @@ from broker_schemas.broker.status import RunStatus, read_status
 from broker_schemas.records.records import NOT_STEP_BOUND
 from producers.demand import DemandSettings, decide_demand
 from producers.demand_tracking import DemandTracker
-from producers.jobs import enqueue_request, failed_requests
+from producers.jobs import RolloutQueue, enqueue_request, failed_requests, job_id_of
 from producers.metrics import DispatcherMetrics
 from producers.request_building import build_requests
 from producers.step_demand import rollouts_for_open_step
@@ -45,7 +44,7 @@ class DispatcherSettings:
     capacity_tokens: int
     start_segments_per_pack: float = 4.0
     lease: LeaseSettings = field(default_factory=LeaseSettings)
-    job_timeout_s: int = 3600
+    job_timeout_s: int = 900
     poll_s: float = 0.1
 
 
@@ -53,7 +52,7 @@ class Dispatcher:
     """One dispatcher; a second one beside it does no harm."""
 
     def __init__(
-        self, broker: Broker, queue: Queue, metrics: DispatcherMetrics, settings: DispatcherSettings
+        self, broker: Broker, queue: RolloutQueue, metrics: DispatcherMetrics, settings: DispatcherSettings
     ) -> None:
         self._broker = broker
         self._queue = queue
@@ -61,6 +60,8 @@ class Dispatcher:
         self._settings = settings
         self._tracker = DemandTracker(settings.start_segments_per_pack, settings.capacity_tokens)
         self._leases_checked_at_s = 0.0
+        self._failed_jobs: set[str] = set()
+        self._on_their_way: set[str] = set()
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
@@ -119,16 +120,34 @@ class Dispatcher:
             enqueue_request(self._queue, request, attempt=attempt, job_timeout_s=self._settings.job_timeout_s)
 
     def _run_again(self) -> None:
-        again = reissue_expired(self._broker, self._settings.lease)
+        """Enqueue what a worker let go of, and what waits for a worker without being in the queue."""
+        due = reissue_expired(self._broker, self._settings.lease)
+        waiting = [item for item in due if item.waits]
+        again = [item for item in due if not item.waits]
         for item in again:
             log.warning(
                 "dispatcher: request %s was abandoned, attempt %d", item.request.request_id, item.attempt
             )
+        lost = self._lost(waiting) if waiting else []
+        for item in lost:
+            log.warning("dispatcher: request %s waits without a job; enqueued again", item.request.request_id)
+        for item in (*again, *lost):
             self._enqueue([item.request], attempt=item.attempt)
         self._metrics.on_reissued(len(again))
 
+    def _lost(self, waiting: Sequence[ReissuedRequest]) -> list[ReissuedRequest]:
+        """Return the requests whose job is neither in the queue nor newly on its way to a worker."""
+        in_queue, on_their_way = self._queue.waiting_job_ids(), self._queue.taken_job_ids()
+        # a worker that died between taking a job and starting it leaves it on its way for ever
+        safe = in_queue | (on_their_way - self._on_their_way)
+        self._on_their_way = on_their_way
+        return [item for item in waiting if job_id_of(item.request.request_id, item.attempt) not in safe]
+
     def _give_up_failed(self) -> None:
-        for request_id, job_id, reason in failed_requests(self._queue):
+        """Give up the requests of jobs that failed for good, each once, however many failed at a time."""
+        found = failed_requests(self._queue, self._failed_jobs)
+        for request_id, job_id, reason in found:
             if fail_request(self._broker, request_id, reason="generation_failed", detail=reason):
                 log.error("dispatcher: request %s failed for good (job %s): %s", request_id, job_id, reason)
                 self._metrics.on_failed("generation_failed")
+            self._failed_jobs.add(job_id)

@@ -39,11 +39,19 @@ class ProducerMetrics:
             "Time spent waiting for room in the broker.",
             registry=registry,
         )
+        self._broken_jobs = Counter(
+            "rollstream_broken_jobs_total",
+            "Entries of the job queue that are no job, each once.",
+            registry=registry,
+        )
         self._sync_failures = Counter(
             "rollstream_sync_failures_total", "Weights that could not be loaded.", registry=registry
         )
         for status in PUSH_STATUSES:
             self._rollouts.labels(status)
+
+    def on_broken_job(self) -> None:
+        self._broken_jobs.inc()
 
     def on_sync_failed(self) -> None:
         self._sync_failures.inc()
@@ -75,11 +83,19 @@ class DispatcherMetrics:
             ["reason"],
             registry=registry,
         )
+        self._broken_jobs = Counter(
+            "rollstream_broken_failed_jobs_total",
+            "Entries among the failed jobs that are no job, each once.",
+            registry=registry,
+        )
         self._outstanding = Gauge(
             "rollstream_outstanding_rollouts", "Rollouts asked for and not yet matched.", registry=registry
         )
         for reason in FAILURE_REASONS:
             self._failed.labels(reason)
+
+    def on_broken_job(self) -> None:
+        self._broken_jobs.inc()
 
     def on_issued(self, num_rollouts: int) -> None:
         self._requests.inc(num_rollouts)

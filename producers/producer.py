@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.policy import read_policy
-from broker_schemas.broker.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
+from broker_schemas.broker.rollout_requests import (
+    LeaseSettings,
+    RolloutRequest,
+    release_lease,
+    renew_lease,
+)
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerError, DeadlinePassed, RollstreamError
 from broker_schemas.method.dataset import Sample
@@ -18,19 +25,29 @@ from producers.metrics import ProducerMetrics
 from producers.record_building import build_records
 from producers.rollout_backend import RolloutBackend
 
+log = logging.getLogger(__name__)
+HUNG_AFTER_TIMEOUT_S: Final = 30.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProducerSettings:
-    """``deadline_s`` bounds every wait: for a policy, and for room in the broker."""
+    """``deadline_s`` bounds every wait: for a policy, and for room in the broker.
+
+    ``job_timeout_s``: the lease is kept for so long at most, so that another worker gets what hangs here.
+    """
 
     name: str
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     deadline_s: float = 120.0
+    job_timeout_s: int = 900
 
 
 @dataclass
 class Producer:
-    """One producer with its model. ``datasets`` maps a purpose to its samples."""
+    """One producer with its model. ``datasets`` maps a purpose to its samples.
+
+    ``leave`` is called, from a thread, when a job still hangs 30 s after its timeout: no signal reached it.
+    """
 
     broker: Broker
     sink: SegmentSink
@@ -38,6 +55,7 @@ class Producer:
     datasets: Mapping[str, Sequence[Sample]]
     metrics: ProducerMetrics
     settings: ProducerSettings
+    leave: Callable[[], None] = lambda: None
 
     def run(self, request: RolloutRequest) -> list[str]:
         """Generate and push the records of ``request``; return what the broker said of each.
@@ -47,6 +65,13 @@ class Producer:
         """
         if not renew_lease(self.broker, request.request_id, self.settings.lease):
             return []
+        try:
+            return self._run(request)
+        except Exception:
+            self._give_back(request.request_id)
+            raise
+
+    def _run(self, request: RolloutRequest) -> list[str]:
         with self._lease_kept(request.request_id):
             self._follow_policy()
             samples = [self.datasets[request.purpose][index] for index, _ in request.samples]
@@ -84,22 +109,42 @@ class Producer:
             self.metrics.on_sync_failed()
             raise
 
+    def _give_back(self, request_id: str) -> None:
+        """Let the request wait for another try; where the broker is away its lease ends by itself."""
+        try:
+            release_lease(self.broker, request_id, self.settings.lease)
+        except BrokerError as exc:
+            log.warning("producer: request %s could not be given back: %s", request_id, exc)
+
     @contextmanager
     def _lease_kept(self, request_id: str) -> Iterator[None]:
         """Renew the lease from a thread while the body works; a lost broker shows in the body itself."""
         done = threading.Event()
-
-        def renew() -> None:
-            while not done.wait(self.settings.lease.lease_ms / 3000):
-                try:
-                    renew_lease(self.broker, request_id, self.settings.lease)
-                except BrokerError:
-                    continue
-
-        keeper = threading.Thread(target=renew, name=f"lease-{request_id}", daemon=True)
+        keeper = threading.Thread(
+            target=self._keep_lease, args=(request_id, done), name=f"lease-{request_id}", daemon=True
+        )
         keeper.start()
         try:
             yield
         finally:
             done.set()
             keeper.join()
+
+    def _keep_lease(self, request_id: str, done: threading.Event) -> None:
+        timeout_s, pause_s = self.settings.job_timeout_s, self.settings.lease.lease_ms / 3000
+        ends_at = time.monotonic() + timeout_s
+        while not done.wait(max(0.0, min(pause_s, ends_at - time.monotonic()))):
+            if time.monotonic() >= ends_at:
+                break
+            try:
+                renew_lease(self.broker, request_id, self.settings.lease)
+            except BrokerError:
+                continue
+        if done.wait(HUNG_AFTER_TIMEOUT_S):
+            return
+        log.critical(
+            "producer: request %s hangs %g s after its timeout of %d s (producers.job_timeout_s); leaving, "
+            "another worker runs it when its lease ends",
+            *(request_id, HUNG_AFTER_TIMEOUT_S, timeout_s),
+        )
+        self.leave()

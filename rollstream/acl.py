@@ -60,7 +60,7 @@ SERVER_LOCK: Final = Grant(commands=f"{CALL} set get del pexpire pttl", writes="
 GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "dispatcher": (
         Grant(
-            commands=f"{CALL} time exists hget hset hincrby del zadd zrem zrangebyscore xadd",
+            commands=f"{CALL} time exists hget hmget hset hincrby hdel del zadd zrem zrangebyscore xadd",
             writes="events counters requests dispatch request:*",
         ),
         STATUS,
@@ -68,7 +68,9 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     ),
     "producer": (
         Grant(
-            commands=(f"{CALL} time hget hincrby del zadd zrem zscore sadd scard smismember rename xadd"),
+            commands=(
+                f"{CALL} time hget hset hdel hincrby del zadd zrem zscore sadd scard smismember rename xadd"
+            ),
             writes="events counters segments seen:now seen:before admitted requests request:*",
         ),
         POLICY,

@@ -8,7 +8,13 @@ from typing import Any
 
 import redis
 
-from broker_schemas.broker.connection import BrokerAddress, broker_errors, check_server, open_redis
+from broker_schemas.broker.connection import (
+    BrokerAddress,
+    broker_errors,
+    check_keeps_everything,
+    check_server,
+    open_redis,
+)
 from broker_schemas.broker.keys import MATCHER_GROUP, PACKER_GROUP, RunKeys
 from broker_schemas.broker.script_library import Argument, run_script
 
@@ -27,6 +33,7 @@ class Broker:
         keys = RunKeys(run)
         broker = cls(open_redis(address, socket_timeout_s=socket_timeout_s), keys, address)
         check_server(broker.client, address)
+        check_keeps_everything(broker.client, address)
         broker.make_groups()
         return broker
 

@@ -144,6 +144,34 @@ def _from_response(doing: str, exc: redis.exceptions.ResponseError) -> BrokerErr
     return BrokerError(f"{doing}: the broker answers {text}")
 
 
+def check_keeps_everything(client: redis.Redis, address: BrokerAddress) -> None:
+    """Refuse a server that may throw records away to make room: they would be lost uncounted.
+
+    Raises BrokerRefused for any ``maxmemory-policy`` but noeviction, BrokerUnavailable when silent.
+    """
+    with broker_errors(f"asking {address.shown} for its eviction policy"):
+        policy = str(client.info("memory").get("maxmemory_policy") or "noeviction")
+    if policy != "noeviction":
+        raise BrokerRefused(
+            f"broker {address.shown}: got maxmemory-policy {policy}, expected noeviction; one that evicts "
+            "loses records uncounted: set 'config set maxmemory-policy noeviction' there"
+        )
+
+
+def check_takes_jobs(client: redis.Redis, address: BrokerAddress) -> None:
+    """Refuse a cluster for RQ's jobs: their keys lie in many slots, and one call touches several.
+
+    Raises BrokerRefused, BrokerUnavailable when silent.
+    """
+    with broker_errors(f"asking {address.shown} whether it is a cluster"):
+        is_cluster = bool(int(client.info("cluster").get("cluster_enabled") or 0))
+    if is_cluster:
+        raise BrokerRefused(
+            f"broker {address.shown}: it is a cluster, and RQ's jobs cannot live there (CROSSSLOT); give "
+            "them a server of their own with broker.jobs_url: redis://host:port/0"
+        )
+
+
 def check_server(client: redis.Redis, address: BrokerAddress) -> str:
     """Return the server's version; raises BrokerRefused below Redis 6.2, BrokerUnavailable when silent."""
     with broker_errors(f"connecting to {address.shown}"):

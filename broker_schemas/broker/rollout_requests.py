@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,15 +53,19 @@ class RolloutRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ReissuedRequest:
-    """A request whose lease ended; ``attempt`` counts from 2."""
+    """A request whose time has come; ``attempt`` counts from 1.
+
+    ``waits``: no worker has taken this attempt yet, so its job should still be in the queue.
+    """
 
     request: RolloutRequest
     attempt: int
+    waits: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseSettings:
-    """``lease_ms`` without a sign of life, ``max_attempts`` before a request is given up."""
+    """``lease_ms`` without a sign of life of its worker, ``max_attempts`` before a request is given up."""
 
     lease_ms: int = 30_000
     max_attempts: int = 5
@@ -77,9 +82,12 @@ def issue_requests(
 ) -> bool:
     """Open ``requests`` and move the data set position from ``cursor`` to ``next_cursor``, or do neither.
 
-    False: another dispatcher moved the position first. Raises BrokerError.
+    False: another dispatcher moved the position first. No lease runs before a worker takes a request.
+    Raises BrokerError.
     """
-    arguments: list[str | int] = [lease.lease_ms, cursor, next_cursor, len(requests)]
+    # the client repeats a call whose reply was lost: it must be known as the same call
+    this_call = secrets.token_hex(8)
+    arguments: list[str | int] = [lease.lease_ms, cursor, next_cursor, this_call, len(requests)]
     for request in requests:
         arguments += [
             request.request_id,
@@ -95,17 +103,34 @@ def issue_requests(
 
 
 def renew_lease(broker: Broker, request_id: str, lease: LeaseSettings) -> bool:
-    """Prolong the lease; False when the request is closed and its records are no longer wanted."""
-    return bool(broker.run("renew_request", ["requests"], [request_id, lease.lease_ms]))
+    """Take or prolong the lease; False when the request is closed and its records are no longer wanted."""
+    return bool(broker.run("renew_request", ["requests"], [request_id, lease.lease_ms, 1]))
+
+
+def release_lease(broker: Broker, request_id: str, lease: LeaseSettings) -> bool:
+    """Say that the request waits for a worker again; False when it is closed. Raises BrokerError."""
+    return bool(broker.run("renew_request", ["requests"], [request_id, lease.lease_ms, 0]))
 
 
 def reissue_expired(broker: Broker, lease: LeaseSettings, *, at_most: int = 64) -> list[ReissuedRequest]:
-    """Open requests whose lease ended again, give up those out of attempts; raises BrokerError."""
-    flat = broker.run("reissue_requests", ["requests"], [lease.lease_ms, lease.max_attempts, at_most])
-    return [
-        ReissuedRequest(request=RolloutRequest.from_spec(json.loads(spec)), attempt=int(attempt))
-        for _, attempt, spec in zip(flat[0::3], flat[1::3], flat[2::3], strict=True)
-    ]
+    """Open requests whose lease ended again, give up those out of attempts; return what needs a look.
+
+    Among them are those that no worker has taken for ``lease_ms``. Raises BrokerError.
+    """
+    found: list[ReissuedRequest] = []
+    while True:
+        num_due, *flat = broker.run(
+            "reissue_requests", ["requests"], [lease.lease_ms, lease.max_attempts, at_most]
+        )
+        rows = zip(flat[1::4], flat[2::4], flat[3::4], strict=True)
+        found += [
+            ReissuedRequest(
+                request=RolloutRequest.from_spec(json.loads(spec)), attempt=int(attempt), waits=bool(waits)
+            )
+            for attempt, spec, waits in rows
+        ]
+        if num_due < at_most or lease.lease_ms <= 0:
+            return found
 
 
 def fail_request(broker: Broker, request_id: str, *, reason: str, detail: str) -> int:

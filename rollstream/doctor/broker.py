@@ -34,6 +34,7 @@ class BrokerFacts:
     memory_limit_bytes: int
     used_memory_bytes: int
     skew_ms: int
+    is_cluster: bool = False
 
 
 def examine_broker(config: RunConfig) -> list[Finding]:
@@ -57,6 +58,7 @@ def examine_broker(config: RunConfig) -> list[Finding]:
         judge_eviction(facts),
         judge_memory(facts, config.broker.max_bytes),
         judge_clock(facts),
+        judge_jobs(facts, has_own_server=config.broker.jobs_url is not None),
     ]
 
 
@@ -71,6 +73,7 @@ def read_facts(config: RunConfig) -> BrokerFacts:
             seconds, microseconds = client.time()
             now_ms = (before_ms + time.time() * 1000) / 2
             memory: Mapping[str, Any] = client.info("memory")
+            cluster: Mapping[str, Any] = client.info("cluster")
             persistence: Mapping[str, Any] = client.info("persistence")
         return BrokerFacts(
             server=server,
@@ -80,6 +83,7 @@ def read_facts(config: RunConfig) -> BrokerFacts:
             memory_limit_bytes=int(memory.get("maxmemory", 0)),
             used_memory_bytes=int(memory["used_memory"]),
             skew_ms=round(int(seconds) * 1000 + int(microseconds) / 1000 - now_ms),
+            is_cluster=bool(int(cluster.get("cluster_enabled") or 0)),
         )
     finally:
         client.close()
@@ -129,6 +133,14 @@ def judge_memory(facts: BrokerFacts, budget_bytes: int) -> Finding:
         remedy = "raise maxmemory, lower broker.max_bytes, or free other runs (their namespaces stay there)"
         return warn(check, f"{used} of {_mib(limit)}, the run may want {_mib(budget_bytes)}", remedy)
     return ok(check, f"{used} of {_mib(limit)}, the run may want {_mib(budget_bytes)}")
+
+
+def judge_jobs(facts: BrokerFacts, *, has_own_server: bool) -> Finding:
+    """RQ's keys lie in many slots of a cluster, and one call of it touches several."""
+    if facts.is_cluster and not has_own_server:
+        remedy = "give RQ's jobs a server of their own: broker.jobs_url"
+        return fail("broker jobs", "a cluster cannot hold RQ's jobs (CROSSSLOT)", remedy)
+    return ok("broker jobs", "on broker.jobs_url" if has_own_server else "on the same server")
 
 
 def judge_clock(facts: BrokerFacts) -> Finding:

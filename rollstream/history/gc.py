@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import redis
+
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
 from broker_schemas.broker.keys import RunKeys
@@ -52,7 +54,8 @@ def collect_run(path: Path, *, force: bool = False) -> Collected:
             return Collected(num_keys=0, num_file_bytes=_remove_files(folder.redis_dir))
         broker = running
     try:
-        return Collected(num_keys=collect(config.run.name, broker), num_file_bytes=0)
+        jobs = access.open_jobs(config, broker) if config.broker.jobs_url is not None else None
+        return Collected(num_keys=collect(config.run.name, broker, jobs), num_file_bytes=0)
     finally:
         broker.close()
 
@@ -72,13 +75,17 @@ def _remove_files(folder: Path) -> int:
     return num_bytes
 
 
-def collect(run: str, broker: Broker) -> int:
-    """Delete every key of ``run`` on the broker's server; return how many there were. Raises BrokerError."""
+def collect(run: str, broker: Broker, jobs: redis.Redis | None = None) -> int:
+    """Delete every key of ``run`` on the broker's server, and on that of its jobs where it has one.
+
+    Return how many there were. Raises BrokerError.
+    """
     keys, client = RunKeys(run), broker.client
+    jobs = jobs or client
     with broker_errors(f"collecting the keys of run {run}"):
         num_keys = _unlink(client, client.scan_iter(keys.prefix + "*", count=BATCH))
-        num_keys += _unlink(client, _queue_keys(client, keys.rollout_queue))
-        client.srem(RQ_QUEUES_KEY, f"rq:queue:{keys.rollout_queue}")
+        num_keys += _unlink(jobs, _queue_keys(jobs, keys.rollout_queue))
+        jobs.srem(RQ_QUEUES_KEY, f"rq:queue:{keys.rollout_queue}")
     return num_keys
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from broker_schemas.broker.connection import check_server, open_redis
+from broker_schemas.broker.connection import (
+    check_keeps_everything,
+    check_server,
+    check_takes_jobs,
+    open_redis,
+)
 from broker_schemas.errors import BrokerUnavailable, DataError
 from configs import RunConfig
 from rollstream.stack.embedded_redis import find_redis_server
@@ -32,13 +37,22 @@ def check_inputs(config: RunConfig) -> None:
     if config.broker.url is None:
         find_redis_server()
         return
-    address = dataclasses.replace(access.broker_address(config), retries=1)
-    client = open_redis(address, socket_timeout_s=5.0)
-    try:
-        check_server(client, address)
-    except BrokerUnavailable as exc:
-        raise BrokerUnavailable(
-            f"{exc}; start that server, correct broker.url, or leave it out for an embedded one"
-        ) from exc
-    finally:
-        client.close()
+    _check_servers(config)
+
+
+def _check_servers(config: RunConfig) -> None:
+    """Ask the run's server, and that of its jobs, what they are; raises ConfigError, BrokerError."""
+    checks = [(access.broker_address(config), check_keeps_everything)]
+    if config.b_ratio > 0:
+        checks.append((access.jobs_address(config), check_takes_jobs))
+    for address, check in checks:
+        client = open_redis(dataclasses.replace(address, retries=1), socket_timeout_s=5.0)
+        try:
+            check_server(client, address)
+            check(client, address)
+        except BrokerUnavailable as exc:
+            raise BrokerUnavailable(
+                f"{exc}; start that server, correct its URL, or leave broker.url out for an embedded one"
+            ) from exc
+        finally:
+            client.close()

@@ -6,13 +6,14 @@ import logging
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, start_http_server
 
 from broker_schemas.broker.broker import Broker
-from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.connection import BrokerAddress, check_server, check_takes_jobs, open_redis
 from broker_schemas.errors import ConfigError
 from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import ImageProcessor
@@ -20,6 +21,9 @@ from broker_schemas.method.model_folder import resolve_model_dir
 from broker_schemas.method.prompt import PromptBuilder
 from configs import RunConfig
 from rollstream.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import redis
 
 # a process listens on base_port + its role's offset + its index
 PORT_OFFSETS: Final = {
@@ -72,6 +76,24 @@ def _from_environment(name: str | None, key: str) -> str | None:
 def open_broker(config: RunConfig) -> Broker:
     """Connect to the run's broker; raises BrokerError, ConfigError."""
     return Broker.connect(config.run.name, broker_address(config))
+
+
+def jobs_address(config: RunConfig) -> BrokerAddress:
+    """Return where RQ's jobs live: the broker, or ``broker.jobs_url``, with the broker's credentials.
+
+    Raises ConfigError as ``broker_address``.
+    """
+    address = broker_address(config)
+    return address if config.broker.jobs_url is None else replace(address, url=config.broker.jobs_url)
+
+
+def open_jobs(config: RunConfig, broker: Broker) -> redis.Redis:
+    """Return the connection of RQ's jobs, the broker's own where they live there; raises BrokerError."""
+    address = jobs_address(config)
+    client = broker.client if config.broker.jobs_url is None else open_redis(address)
+    check_server(client, address)
+    check_takes_jobs(client, address)
+    return client
 
 
 def model_dir(config: RunConfig) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from broker_schemas.broker.rollout_requests import LeaseSettings
 from configs import RunConfig
+from producers.broken_jobs import BrokenJobs
 from producers.demand import DemandSettings
 from producers.dispatcher import Dispatcher, DispatcherSettings
 from producers.jobs import rollout_queue
@@ -13,7 +14,9 @@ from rollstream.wiring import access
 
 def lease_settings(config: RunConfig) -> LeaseSettings:
     """Return the lease of a rollout request."""
-    return LeaseSettings(lease_ms=int(config.producers.lease_s * 1000))
+    return LeaseSettings(
+        lease_ms=int(config.producers.lease_s * 1000), max_attempts=config.producers.max_attempts
+    )
 
 
 def demand_settings(config: RunConfig) -> DemandSettings | None:
@@ -41,7 +44,7 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
         return
     dispatcher = Dispatcher(
         broker,
-        rollout_queue(broker.client, broker.keys.rollout_queue),
+        rollout_queue(access.open_jobs(config, broker), broker.keys.rollout_queue, BrokenJobs(metrics)),
         metrics,
         DispatcherSettings(
             world_size=config.learner_world_size,
@@ -52,6 +55,7 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
             capacity_tokens=config.training.global_max_length,
             start_segments_per_pack=float(config.training.per_device_train_batch_size),
             lease=lease_settings(config),
+            job_timeout_s=config.producers.job_timeout_s,
         ),
     )
     dispatcher.loop(stop)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Final
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.client import SegmentSink, SinkSettings
 from configs import RunConfig
+from producers.broken_jobs import BrokenJobs
 from producers.jobs import RolloutWorker
 from producers.metrics import ProducerMetrics
 from producers.producer import Producer, ProducerSettings
 from producers.rollout_backend import DecodingSettings, RolloutBackend
 from rollstream.wiring import access
 from rollstream.wiring.dispatch import lease_settings
+
+HUNG_STATUS: Final = 1
 
 
 def decoding_settings(config: RunConfig) -> DecodingSettings:
@@ -57,20 +61,29 @@ def sink_settings(config: RunConfig) -> SinkSettings:
     return SinkSettings(max_bytes=config.broker.max_bytes, dedup_window=config.broker.dedup_window)
 
 
+def leave_hung_process() -> None:
+    """End this process from a thread: its main thread hangs where no signal reaches it."""
+    os._exit(HUNG_STATUS)
+
+
 def run_producer(config: RunConfig, index: int) -> None:
     """Run jobs until a signal; RQ finishes the job in hand first."""
     broker = access.open_broker(config)
+    metrics = ProducerMetrics(access.start_metrics(config, "produce", index))
     producer = Producer(
         broker=broker,
         sink=SegmentSink(broker, sink_settings(config)),
         backend=rollout_backend(config, broker),
         datasets={"train": access.read_samples(config, config.data.train_jsonl)},
-        metrics=ProducerMetrics(access.start_metrics(config, "produce", index)),
+        metrics=metrics,
         settings=ProducerSettings(
             name=f"{config.run.name}-producer-{index}-{socket.gethostname()}-{os.getpid()}",
             lease=lease_settings(config),
+            job_timeout_s=config.producers.job_timeout_s,
             deadline_s=config.stage2_async.stall_timeout_s,
         ),
+        leave=leave_hung_process,
     )
-    RolloutWorker.work_for(producer, broker.client, broker.keys.rollout_queue)
+    jobs = access.open_jobs(config, broker)
+    RolloutWorker.work_for(producer, jobs, broker.keys.rollout_queue, BrokenJobs(metrics))
     broker.close()

@@ -26,6 +26,7 @@ from broker_schemas.broker.rollout_requests import (
     fail_request,
     issue_requests,
     reissue_expired,
+    release_lease,
     renew_lease,
 )
 from broker_schemas.client import SegmentSink, SinkSettings
@@ -49,7 +50,7 @@ OVER, FRESH = LeaseSettings(lease_ms=-1, max_attempts=3), LeaseSettings(lease_ms
 LARGEST_BODY = 1_000
 # how often each command comes, so that rollouts get as far as being trained and settled
 COMMANDS = {
-    "issue": 4, "reissue": 3, "renew": 1, "fail": 1,
+    "issue": 4, "reissue": 3, "renew": 3, "fail": 1,
     "push": 8, "push_into_a_full_broker": 1, "add_past_the_script": 1,
     "matcher_reads": 8, "matcher_takes_over": 2, "matcher_crashes": 2, "matcher_commits": 10,
     "packer_reads": 8, "packer_takes_over": 2, "packer_crashes": 2, "packer_commits": 10, "packer_drops": 1,
@@ -123,14 +124,18 @@ class QueueMachine(RuleBasedStateMachine):
     def reissue(self, rng: random.Random) -> None:
         is_over = rng.random() < 0.5
         again = reissue_expired(self.broker, OVER if is_over else FRESH)
-        found = sorted((item.request.request_id, item.attempt) for item in again)
+        found = sorted((item.request.request_id, item.attempt, item.waits) for item in again)
         assert found == sorted(self.model.reissue(OVER.max_attempts, is_over=is_over))
 
     def renew(self, rng: random.Random) -> None:
-        name = rng.choice(["r-0", *self.model.requests])
-        assert renew_lease(self.broker, name, FRESH) == (name in self.model.requests)
-        if name in self.model.requests:
-            self.model.requests[name].is_over = False
+        name, is_over, is_held = (
+            rng.choice(["r-0", *self.model.requests]),
+            rng.random() < 0.6,
+            rng.random() < 0.8,
+        )
+        say = renew_lease if is_held else release_lease
+        told = say(self.broker, name, OVER if is_over else FRESH)
+        assert told == self.model.renew(name, is_over=is_over, is_held=is_held)
 
     def fail(self, rng: random.Random) -> None:
         name = rng.choice(["r-0", *self.model.requests])
@@ -358,10 +363,8 @@ class QueueMachine(RuleBasedStateMachine):
     def publish(self, rng: random.Random) -> None:
         version = max(0, self.model.policy_version + rng.randint(-1, 2))
         is_new = version > self.model.policy_version
-        assert (
-            publish_policy(self.broker, policy_version=version, optimizer_step=version, weights_path="/w")
-            == is_new
-        )
+        said = publish_policy(self.broker, policy_version=version, optimizer_step=version, weights_path="/w")
+        assert said == is_new
         if is_new:
             self.model.policy_version = version
             self.model.counters["policies_published"] += 1

@@ -23,12 +23,13 @@ class ModelRollout:
 
 @dataclass
 class ModelRequest:
-    """An open request; ``is_over``: its lease has ended."""
+    """An open request; ``is_over``: its time has come; ``is_taken``: a worker had it since it was opened."""
 
     record_ids: tuple[str, ...]
     remaining: int
     is_over: bool
     attempt: int = 1
+    is_taken: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class QueueModel:
         self.counters["requested"] += len(record_ids)
         self.counters["open_records"] += len(record_ids)
 
+    def renew(self, request_id: str, *, is_over: bool, is_held: bool) -> bool:
+        request = self.requests.get(request_id)
+        if request is not None:
+            request.is_over, request.is_taken = is_over, is_held
+        return request is not None
+
     def fail(self, request_id: str, reason: str) -> int:
         request = self.requests.pop(request_id, None)
         if request is None:
@@ -99,18 +106,20 @@ class QueueModel:
         self.counters["open_records"] -= request.remaining
         return request.remaining
 
-    def reissue(self, max_attempts: int, *, is_over: bool) -> list[tuple[str, int]]:
-        again = []
+    def reissue(self, max_attempts: int, *, is_over: bool) -> list[tuple[str, int, bool]]:
+        """Return (request, attempt, whether it only waits) of those whose time has come."""
+        found = []
         for request_id, request in list(self.requests.items()):
-            if request.is_over:
-                request.attempt += 1
-                if request.attempt > max_attempts:
-                    self.fail(request_id, "abandoned")
-                else:
-                    request.is_over = is_over
-                    self.counters["reissued"] += 1
-                    again.append((request_id, request.attempt))
-        return again
+            if not request.is_over:
+                continue
+            if request.is_taken and request.attempt >= max_attempts:
+                self.fail(request_id, "abandoned")
+                continue
+            found.append((request_id, request.attempt + request.is_taken, not request.is_taken))
+            self.counters["reissued"] += request.is_taken
+            request.attempt += request.is_taken
+            request.is_over, request.is_taken = is_over, False
+        return found
 
     def push(
         self, name: str, request_id: str, policy_version: int, purpose: str, num_bytes: int, limit: int

@@ -18,6 +18,7 @@ from broker_schemas.broker.rollout_requests import (
     issue_requests,
     read_cursor,
     reissue_expired,
+    release_lease,
     renew_lease,
 )
 from broker_schemas.broker.status import read_status
@@ -146,11 +147,44 @@ def test_a_second_dispatcher_with_an_old_position_changes_nothing(broker: Broker
 def test_a_request_whose_lease_ended_is_run_again_then_given_up(broker: Broker) -> None:
     over = LeaseSettings(lease_ms=-1, max_attempts=2)
     issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=over)
+    assert renew_lease(broker, "r-1", over)
     again = reissue_expired(broker, over)
-    assert [(item.request, item.attempt) for item in again] == [(a_request(), 2)]
+    assert [(item.request, item.attempt, item.waits) for item in again] == [(a_request(), 2, False)]
+    assert renew_lease(broker, "r-1", over)
     assert reissue_expired(broker, over) == []
     status = read_status(broker, 1)
     assert (status.total("open_records"), status.by_reason("rejected")) == (0, {"abandoned": 2})
+
+
+@pytest.mark.req("O-5", "Q-4")
+def test_a_request_that_no_worker_has_taken_is_never_given_up(broker: Broker) -> None:
+    over = LeaseSettings(lease_ms=-1, max_attempts=1)
+    issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=over)
+    for _ in range(5):
+        assert [(item.attempt, item.waits) for item in reissue_expired(broker, over)] == [(1, True)]
+    assert read_status(broker, 1).total("open_records") == 2
+
+
+@pytest.mark.req("O-5", "Q-4")
+def test_a_request_that_its_worker_gave_back_waits_without_a_lease(broker: Broker) -> None:
+    over = LeaseSettings(lease_ms=-1, max_attempts=1)
+    issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=over)
+    assert renew_lease(broker, "r-1", over)
+    assert release_lease(broker, "r-1", over)
+    assert [(item.attempt, item.waits) for item in reissue_expired(broker, over)] == [(1, True)]
+    assert not release_lease(broker, "r-2", over)
+
+
+@pytest.mark.req("Q-4")
+def test_asking_for_rollouts_said_again_answers_as_the_first_time(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker_schemas.broker.rollout_requests.secrets.token_hex", lambda _: "one-call")
+    for _ in range(2):
+        assert issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=LEASE)
+    assert (read_cursor(broker), read_status(broker, 1).total("requested")) == (2, 2)
+    monkeypatch.setattr("broker_schemas.broker.rollout_requests.secrets.token_hex", lambda _: "another")
+    assert not issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=LEASE)
 
 
 @pytest.mark.req("Q-4")

@@ -120,6 +120,7 @@ def test_a_real_server_is_asked_about_all_of_it(redis_url: str, tmp_path: Path) 
         "broker eviction": "ok",
         "broker memory": "warn",
         "broker clock": "ok",
+        "broker jobs": "ok",
     }
 
 

@@ -37,7 +37,7 @@ EDGES: Final = {
         "vllm_http",
     },
     "producers": {
-        *("dispatcher", "hf_backend", "jobs", "metrics", "producer"),
+        *("broken_jobs", "dispatcher", "hf_backend", "jobs", "metrics", "producer"),
         *("vllm_backend", "vllm_client", "vllm_servers"),
     },
     "consumers": {"fill_warning", "matcher", "metrics", "step_packer", "streaming_packer"},

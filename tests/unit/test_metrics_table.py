@@ -31,6 +31,7 @@ def drive_producer(metrics: ProducerMetrics) -> None:
     metrics.on_generated(120, 0.5, 7)
     metrics.on_pushed(["ok", "duplicate"], 0.25)
     metrics.on_sync_failed()
+    metrics.on_broken_job()
 
 
 def drive_dispatcher(metrics: DispatcherMetrics) -> None:
@@ -38,6 +39,7 @@ def drive_dispatcher(metrics: DispatcherMetrics) -> None:
     metrics.on_reissued(2)
     metrics.on_failed("generation_failed")
     metrics.on_status(5)
+    metrics.on_broken_job()
 
 
 def drive_matcher(metrics: MatcherMetrics) -> None:

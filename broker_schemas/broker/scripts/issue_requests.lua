@@ -1,28 +1,31 @@
--- Asks for rollouts: opens requests under a lease and moves the data set position, or does neither.
--- KEYS[3]  requests  zset  open request id -> end of its lease, ms of the server's clock
--- KEYS[4]  dispatch  hash  cursor: how many samples have been asked for since the start
+-- Asks for rollouts: opens requests and moves the data set position, or does neither.
+-- KEYS[3]  requests  zset  open request id -> end of its lease, ms of the server's clock; while no worker has taken
+--                          it, when its job is looked for in the queue
+-- KEYS[4]  dispatch  hash  cursor: how many samples have been asked for since the start; asked_by: the last call
 -- ARGV[2]  lease_ms
 -- ARGV[3]  cursor the caller believes in; ARGV[4]  cursor after this call
--- ARGV[5]  number of requests, then for each, from ARGV[6]:
+-- ARGV[5]  a name for this call, one of its own: said again, after a lost reply, it answers as the first time
+-- ARGV[6]  number of requests, then for each, from ARGV[7]:
 --          id, spec (JSON), number of records, record ids, purpose, optimizer step, policy version
--- Reply: {1, number opened} or {0, the true cursor}: another dispatcher was faster, nothing is changed.
+-- Reply: {1, requests of the call} or {0, the true cursor}: another dispatcher was faster, nothing is changed.
 local cursor = redis.call('HGET', KEYS[4], 'cursor') or '0'
+if cursor == ARGV[4] and redis.call('HGET', KEYS[4], 'asked_by') == ARGV[5] then return {1, tonumber(ARGV[6])} end
 if cursor ~= ARGV[3] then return {0, tonumber(cursor)} end
-local lease_end, opened, records = now_ms() + tonumber(ARGV[2]), 0, 0
-for i = 0, tonumber(ARGV[5]) - 1 do
-  local at = 6 + 7 * i
+local looked_for_at, records = now_ms() + tonumber(ARGV[2]), 0
+for i = 0, tonumber(ARGV[6]) - 1 do
+  local at = 7 + 7 * i
   local id, num = ARGV[at], tonumber(ARGV[at + 2])
   local key = PREFIX .. 'request:' .. id
   if redis.call('EXISTS', key) == 0 then
     redis.call('HSET', key, 'spec', ARGV[at + 1], 'num_records', num, 'remaining', num,
       'records', ARGV[at + 3], 'attempt', 1, 'purpose', ARGV[at + 4])
-    redis.call('ZADD', KEYS[3], lease_end, id)
+    redis.call('ZADD', KEYS[3], looked_for_at, id)
     emit('requested', 'request_id', id, 'ids', ARGV[at + 3], 'purpose', ARGV[at + 4],
       'optimizer_step', ARGV[at + 5], 'policy_version', ARGV[at + 6])
-    opened, records = opened + 1, records + num
+    records = records + num
   end
 end
-redis.call('HSET', KEYS[4], 'cursor', ARGV[4])
+redis.call('HSET', KEYS[4], 'cursor', ARGV[4], 'asked_by', ARGV[5])
 count('requested', records)
 count('open_records', records)
-return {1, opened}
+return {1, tonumber(ARGV[6])}

@@ -1,23 +1,29 @@
--- Finds requests whose lease has ended: opens them again, or gives them up after too many attempts.
+-- Finds requests whose time has come. One that a worker took and let go of without a word is opened again, or given
+-- up after too many attempts; one that no worker has taken keeps its attempt: its job should still be in the queue.
 -- KEYS[3]  requests  zset  as in issue_requests
 -- ARGV[2]  lease_ms
 -- ARGV[3]  attempts a request may have
 -- ARGV[4]  how many to look at in one call
--- Reply: flat list of request id, attempt, spec of those to run again.
-local now, again = now_ms(), {}
-local ended = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, tonumber(ARGV[4]))
-for _, id in ipairs(ended) do
+-- Reply: {number looked at, then flat: request id, attempt, spec, 1 where no worker had taken it else 0}
+local now = now_ms()
+local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, tonumber(ARGV[4]))
+local found = {#due}
+for _, id in ipairs(due) do
   local key = PREFIX .. 'request:' .. id
-  local attempt = redis.call('HINCRBY', key, 'attempt', 1)
-  if attempt > tonumber(ARGV[3]) then
+  local attempt, spec, taken = unpack(redis.call('HMGET', key, 'attempt', 'spec', 'taken'))
+  if not spec then
+    redis.call('ZREM', KEYS[3], id)
+  elseif taken and tonumber(attempt) >= tonumber(ARGV[3]) then
     fail_request(id, 'abandoned', 'no producer finished it in ' .. ARGV[3] .. ' attempts')
   else
+    if taken then
+      attempt = redis.call('HINCRBY', key, 'attempt', 1)
+      redis.call('HDEL', key, 'taken')
+      emit('reissued', 'request_id', id, 'attempt', attempt)
+      count('reissued', 1)
+    end
     redis.call('ZADD', KEYS[3], now + tonumber(ARGV[2]), id)
-    emit('reissued', 'request_id', id, 'attempt', attempt)
-    count('reissued', 1)
-    again[#again + 1] = id
-    again[#again + 1] = attempt
-    again[#again + 1] = redis.call('HGET', key, 'spec')
+    for _, value in ipairs({id, tonumber(attempt), spec, taken and 0 or 1}) do found[#found + 1] = value end
   end
 end
-return again
+return found

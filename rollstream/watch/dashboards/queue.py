@@ -145,12 +145,14 @@ _WORK = Row(
     (
         Panel(
             title="Requests",
-            meaning="Rollouts asked for a second, requests run again after a lease ended, given up.",
+            meaning="Rollouts asked for a second, requests run again, given up; entries that are no job.",
             unit="ops",
             queries=(
                 Query(sum_rate("rollstream_rollouts_requested_total"), "rollouts asked for"),
                 Query(sum_rate("rollstream_requests_reissued_total"), "requests run again"),
                 Query(sum_rate("rollstream_requests_failed_total", by="reason"), "given up: {{reason}}"),
+                Query(sum_rate("rollstream_broken_jobs_total"), "no job, in the queue"),
+                Query(sum_rate("rollstream_broken_failed_jobs_total"), "no job, among the failed"),
             ),
         ),
         Panel(

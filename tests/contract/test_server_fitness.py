@@ -1,0 +1,58 @@
+"""What a server must be before a run relies on it: one that keeps everything, and no cluster for jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import redis
+
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress, check_takes_jobs
+from broker_schemas.broker.rollout_requests import RolloutRequest
+from broker_schemas.errors import BrokerError, BrokerRefused
+from producers.jobs import enqueue_request, rollout_queue
+from rollstream.wiring import access
+from tests.config_builders import load_mapping, make_mapping, put
+from tests.redis_servers import program_or_skip, running_server
+
+
+@pytest.mark.req("Q-12")
+@pytest.mark.parametrize("policy", ["allkeys-lru", "allkeys-random", "volatile-lru", "volatile-ttl"])
+def test_a_server_that_evicts_is_refused_before_anything_starts(tmp_path: Path, policy: str) -> None:
+    arguments = ["--port", "0", "--maxmemory", "100mb", "--maxmemory-policy", policy]
+    with running_server(program_or_skip(), arguments, tmp_path / "log") as socket:
+        with pytest.raises(BrokerRefused, match=f"got maxmemory-policy {policy}, expected noeviction"):
+            Broker.connect("demo", BrokerAddress(url=f"unix://{socket}"))
+        redis.Redis.from_url(f"unix://{socket}").config_set("maxmemory-policy", "noeviction")
+        Broker.connect("demo", BrokerAddress(url=f"unix://{socket}")).close()
+
+
+@pytest.mark.req("O-5", "Q-1")
+def test_a_cluster_holds_a_run_but_its_jobs_need_a_server_of_their_own(
+    tmp_path: Path, redis_url: str
+) -> None:
+    program = program_or_skip(lowest=(7, 0), needs=" for CLUSTER ADDSLOTSRANGE")
+    with running_server(program, ["--port", "0", "--cluster-enabled", "yes"], tmp_path / "log") as socket:
+        client = redis.Redis.from_url(f"unix://{socket}")
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
+            client.ping()
+        address = BrokerAddress(url=f"unix://{socket}")
+        broker = Broker.connect("demo", address)
+        request = RolloutRequest(request_id="r-1", samples=((0, 1),), policy_version=0)
+        queue = rollout_queue(broker.client, broker.keys.rollout_queue)
+        with pytest.raises(BrokerError, match="CROSSSLOT|slot"):
+            enqueue_request(queue, request, attempt=1, job_timeout_s=60)
+        with pytest.raises(BrokerRefused, match=r"it is a cluster.*broker\.jobs_url"):
+            check_takes_jobs(broker.client, address)
+        mapping = make_mapping()
+        put(mapping, "broker.url", f"unix://{socket}")
+        with pytest.raises(BrokerRefused, match=r"broker\.jobs_url"):
+            access.open_jobs(load_mapping(tmp_path, mapping), broker)
+        put(mapping, "broker.jobs_url", redis_url)
+        jobs = access.open_jobs(load_mapping(tmp_path, mapping), broker)
+        queue = rollout_queue(jobs, broker.keys.rollout_queue)
+        enqueue_request(queue, request, attempt=1, job_timeout_s=60)
+        assert queue.count == 1
+        queue.delete(delete_jobs=True)
