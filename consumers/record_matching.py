@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import posixpath
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 
 from broker_schemas.errors import DataError, RecordError
 from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.records.reasons import RejectionReason
 from broker_schemas.records.records import GroundTruthObject, MatchedSegment, SegmentRecord
 from consumers.evaluation_result import EvaluationResult, evaluate_rollout
 from consumers.fragments import FragmentNotEncoded
@@ -23,18 +24,6 @@ from consumers.segments import SegmentVocabulary, build_segment, rollout_counter
 from consumers.token_bytes import backend_of, token_bytes_of
 from consumers.transport_targets import TransportSettings, targets_of_pairs
 
-RejectionReason = Literal[
-    "record_malformed",
-    "ground_truth_malformed",
-    "token_id_out_of_vocab",
-    "image_token_in_answer",
-    "fragment_not_encoded",
-    "segment_too_long",
-    "logprobs_not_finite",
-    "image_missing",
-    "image_tokens_differ",
-    "image_outside_root",
-]
 TOO_LONG_ADVICE: Final = (
     "raise training.global_max_length, or lower the image bounds or "
     "custom.extra.rollout_matching.max_new_tokens"

@@ -18,18 +18,11 @@ from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
 from broker_schemas.broker.status import read_status
 from broker_schemas.errors import BrokerError
+from broker_schemas.records.reasons import DROP_REASONS, REJECTION_REASONS
 from rollstream.watch.broker_snapshot import BrokerSnapshot, read_snapshot
 from rollstream.watch.version_lag import VersionLag, end_of_log
 
 log = logging.getLogger(__name__)
-# shown at 0 before they first happen, so that a rate over them has a beginning
-DROP_REASONS: Final = ("stale", "overflow", "oversized", "malformed_descriptor")
-REJECTION_REASONS: Final = (
-    *("record_error", "malformed", "schema_too_new", "too_large", "not_admitted", "generation_failed"),
-    *("fragment_not_encoded", "record_malformed", "token_id_out_of_vocab", "ground_truth_malformed"),
-    *("logprobs_not_finite", "image_missing", "segment_too_long", "image_token_in_answer"),
-    *("image_tokens_differ", "image_outside_root"),
-)
 STAGES: Final = {
     "requested": "requested",
     "pushed": "pushed",
@@ -170,13 +163,13 @@ def _sums(snapshot: BrokerSnapshot) -> Iterator[Metric]:
     dropped = CounterMetricFamily(
         "rollstream_dropped_rollouts_total", "Rollouts dropped, by reason.", labels=["reason"]
     )
-    for reason, number in (dict.fromkeys(DROP_REASONS, 0) | status.by_reason("dropped")).items():
+    for reason, number in (_from_zero(DROP_REASONS) | status.by_reason("dropped")).items():
         dropped.add_metric([reason], number)
     yield dropped
     rejected = CounterMetricFamily(
         "rollstream_rejected_rollouts_total", "Rollouts rejected, by reason.", labels=["reason"]
     )
-    for reason, number in (dict.fromkeys(REJECTION_REASONS, 0) | status.by_reason("rejected")).items():
+    for reason, number in (_from_zero(REJECTION_REASONS) | status.by_reason("rejected")).items():
         rejected.add_metric([reason], number)
     yield rejected
     duplicates = CounterMetricFamily(
@@ -244,3 +237,8 @@ class RunCollector(Collector):
         cursor = end_of_log(self._broker)
         self._lag = VersionLag(read_status(self._broker, self._settings.world_size).policy_version)
         self._cursor = cursor
+
+
+def _from_zero(reasons: Iterable[str]) -> dict[str, int]:
+    """Return every reason at 0, as it is before it first happens: a rate over it then has a beginning."""
+    return dict.fromkeys(reasons, 0)

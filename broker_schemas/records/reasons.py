@@ -1,0 +1,36 @@
+"""Why a rollout was dropped or rejected, or a B step skipped: each reason once, for log, metrics and pages."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, get_args
+
+DropReason = Literal[
+    "stale",  # older than the oldest policy version that may still be trained
+    "overflow",  # the oldest pack of a full ready queue
+    "oversized",  # longer than any pack
+    "malformed_descriptor",  # the packer cannot read what the matcher wrote
+]
+RejectionReason = Literal[
+    "record_error",
+    "malformed",
+    "schema_too_new",
+    "too_large",
+    "not_admitted",  # an entry that no transition wrote
+    "generation_failed",  # its request failed in every attempt
+    "abandoned",  # its request was given up: no producer finished it
+    "fragment_not_encoded",
+    "record_malformed",
+    "token_id_out_of_vocab",
+    "ground_truth_malformed",
+    "logprobs_not_finite",
+    "image_missing",
+    "segment_too_long",
+    "image_token_in_answer",
+    "image_tokens_differ",
+    "image_outside_root",
+]
+SkipReason = Literal["queue_short"]  # not every rank had its fresh packs
+
+DROP_REASONS: Final[tuple[DropReason, ...]] = get_args(DropReason)
+REJECTION_REASONS: Final[tuple[RejectionReason, ...]] = get_args(RejectionReason)
+SKIP_REASONS: Final[tuple[SkipReason, ...]] = get_args(SkipReason)
