@@ -61,8 +61,7 @@ class ScoredPrediction:
 class EvaluationResult:
     """One greedy rollout on a validation image (section 10).
 
-    ``num_false_positives`` and ``num_false_negatives`` are predictions and ground truth without a partner
-    at the gate; ``dropped`` maps a reason to invalid objects, which are no predictions.
+    ``dropped`` maps a reason to invalid objects, which are no predictions.
     """
 
     record_id: str
@@ -85,14 +84,6 @@ class EvaluationResult:
     @property
     def num_ground_truth(self) -> int:
         return len(self.ground_truth)
-
-    @property
-    def num_false_positives(self) -> int:
-        return self.num_predictions - self.num_matched
-
-    @property
-    def num_false_negatives(self) -> int:
-        return self.num_ground_truth - self.num_matched
 
     def to_body(self) -> dict[str, Any]:
         """Return a map of plain values: msgpack and JSON can write it."""

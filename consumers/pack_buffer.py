@@ -86,11 +86,6 @@ class PackBuffer:
         return tuple(self._segments)
 
     @property
-    def buffered_tokens(self) -> int:
-        """Tokens held in all segments together."""
-        return self._buffered_tokens
-
-    @property
     def num_free_places(self) -> int:
         """How many segments may still be inserted; never negative."""
         return max(0, self._settings.packing_buffer - len(self._segments))

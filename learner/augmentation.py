@@ -52,11 +52,6 @@ class AugmentationSettings:
                 "expected above 0 to 1, and 0 or more"
             )
 
-    @property
-    def changes_pixels(self) -> bool:
-        """Whether any image may come out different."""
-        return max(self.crop_probability, self.shrink_probability, self.flip_probability) > 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class PixelTransform:

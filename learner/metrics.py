@@ -7,6 +7,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.reasons import SKIP_REASONS
 from learner.step_report import LogRow, RankPart
 
 _SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -36,7 +37,8 @@ class LearnerMetrics:
         for kind in ("A", "B"):
             for labelled in (self._steps, self._segments, self._tokens):
                 labelled.labels(kind)
-        self._skipped.labels("queue_short")
+        for reason in SKIP_REASONS:
+            self._skipped.labels(reason)
 
     def _declare_steps(self, registry: CollectorRegistry) -> None:
         self._steps = Counter(

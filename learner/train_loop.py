@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-import torch
-
 from broker_schemas.records.packs import StepClaim
 from learner import weights
 from learner.checkpoints import TrainerState
@@ -25,7 +23,7 @@ from learner.step_report import RankPart, join_parts, log_row
 from learner.step_rows import RowLoader
 from learner.train_step import StepUpdate, run_micro_steps, update_weights
 
-__all__ = ["LearnerOutcome", "LearnerParts", "choose_device", "run_learner"]
+__all__ = ["LearnerOutcome", "LearnerParts", "run_learner"]
 
 FINISHED: Final = "finished"
 STOP_REQUESTED: Final = "stop_requested"
@@ -188,8 +186,3 @@ class _Loop:
             if self._parts.log is not None:
                 self._parts.log.write(row)
             self._parts.on_step(row)
-
-
-def choose_device(local_rank: int) -> torch.device:
-    """Return this rank's GPU where there is one, else the CPU."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

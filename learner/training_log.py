@@ -47,19 +47,6 @@ class TrainingLog:
         self.close()
 
 
-def read_training_log(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a training log in order; lines that are not JSON maps are left out."""
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
 def _ends_inside_a_line(path: Path) -> bool:
     with path.open("rb") as stream:
         if stream.seek(0, 2) == 0:

@@ -96,6 +96,12 @@ def python_files(*folders: str) -> tuple[SourceFile, ...]:
     )
 
 
+def script_names() -> list[str]:
+    """Return the names of all transitions."""
+    folder = ROOT / "broker_schemas" / "broker" / "scripts"
+    return sorted(path.stem for path in folder.glob("*.lua") if path.stem != "prelude")
+
+
 @cache
 def project_files() -> tuple[Path, ...]:
     """Return every file that belongs to the project: tracked, or untracked and not ignored.

@@ -40,9 +40,6 @@ class RunKeys:
     def ready(self, rank: int) -> str:
         return f"{self.prefix}ready:{rank}"
 
-    def claim(self, optimizer_step: int) -> str:
-        return f"{self.prefix}claim:{optimizer_step}"
-
     @property
     def rollout_queue(self) -> str:
         """Name of the RQ queue of rollout jobs."""

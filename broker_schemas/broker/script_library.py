@@ -28,16 +28,6 @@ def script_sha(name: str) -> str:
     return hashlib.sha1(script_source(name).encode(), usedforsecurity=False).hexdigest()
 
 
-def script_names() -> list[str]:
-    """Return the names of all transitions."""
-    folder = resources.files("broker_schemas.broker") / "scripts"
-    return sorted(
-        file.name.removesuffix(".lua")
-        for file in folder.iterdir()
-        if file.name.endswith(".lua") and file.name != "prelude.lua"
-    )
-
-
 def run_script(client: redis.Redis, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
     """Call a transition; a server that has forgotten it (restart) is told it again. Raises BrokerError."""
     with broker_errors(f"script {name}"):

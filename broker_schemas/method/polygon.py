@@ -32,14 +32,6 @@ def canonical_polygon(bins: Sequence[int]) -> tuple[int, ...]:
     return tuple(value for vertex in min(spellings) for value in vertex)
 
 
-def is_canonical(bins: Sequence[int]) -> bool:
-    """Return whether ``bins`` is its own canonical spelling; False for what is no polygon at all."""
-    try:
-        return canonical_polygon(bins) == tuple(bins)
-    except ValueError:
-        return False
-
-
 def vertices_of(bins: Sequence[int]) -> list[Vertex]:
     """Return the (x, y) pairs of a flat list; raises ValueError for an odd number of values."""
     if len(bins) % 2:

@@ -12,8 +12,3 @@ def oldest_allowed(current: int, window: int) -> int:
     if current < 0 or window < 0:
         raise ValueError(f"freshness: got current {current}, window {window}, expected both >= 0")
     return max(0, current - window)
-
-
-def is_fresh(policy_version: int, current: int, window: int) -> bool:
-    """Say whether a segment of ``policy_version`` may be trained on at ``current``."""
-    return policy_version >= oldest_allowed(current, window)

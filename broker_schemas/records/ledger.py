@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -101,10 +100,6 @@ class Ledger:
                 handler(self, event)
             self.last_event_id = event.event_id
         return self
-
-    def stages(self, purpose: str = "train") -> Counter[str]:
-        """Return how many rollouts of a purpose are in each stage."""
-        return Counter(item.stage for item in self.rollouts.values() if item.purpose == purpose)
 
     def move(self, record_id: str, stage: Stage, event: LogEvent) -> RolloutHistory:
         """Put a rollout into ``stage``; a transition that must not happen becomes a fault."""

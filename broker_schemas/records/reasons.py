@@ -1,4 +1,4 @@
-"""Why a rollout was dropped or rejected, or a B step skipped: each reason once, for log, metrics and pages."""
+"""Why a rollout was dropped or rejected, or a B step skipped: each once, for log, metrics and pages."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ RejectionReason = Literal[
     "image_tokens_differ",
     "image_outside_root",
 ]
-SkipReason = Literal["queue_short"]  # not every rank had its fresh packs
 
 DROP_REASONS: Final[tuple[DropReason, ...]] = get_args(DropReason)
 REJECTION_REASONS: Final[tuple[RejectionReason, ...]] = get_args(RejectionReason)
-SKIP_REASONS: Final[tuple[SkipReason, ...]] = get_args(SkipReason)
+# why a scheduled B step became A: not every rank had its fresh packs
+SKIP_REASONS: Final = ("queue_short",)

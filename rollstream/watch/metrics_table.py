@@ -74,13 +74,6 @@ class DeclaredMetric:
     role: str
     meaning: str
 
-    @property
-    def series(self) -> tuple[str, ...]:
-        """The names that a query may use."""
-        if self.kind != "histogram":
-            return (self.name,)
-        return tuple(f"{self.name}_{part}" for part in ("bucket", "sum", "count"))
-
 
 def declared_metrics() -> list[DeclaredMetric]:
     """Return every metric of every role, by role in the order of `ROLE_METRICS`, the exporter's last."""
@@ -93,11 +86,6 @@ def declared_metrics() -> list[DeclaredMetric]:
         }
         found += [_declared(family, role, labels[family.name]) for family in registry.collect()]
     return found + [_declared(family, "export", _labels_of(family)) for family in _exported()]
-
-
-def series_names() -> frozenset[str]:
-    """Return every name that a query may use."""
-    return frozenset(name for metric in declared_metrics() for name in metric.series)
 
 
 def markdown_table() -> str:

@@ -24,7 +24,7 @@ from broker_schemas.broker.matcher_door import MatcherDoor
 from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
 from broker_schemas.broker.policy import publish_policy, read_policy
 from broker_schemas.broker.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
-from broker_schemas.broker.script_library import script_names, script_source
+from broker_schemas.broker.script_library import script_source
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerRefused, ConfigError
@@ -46,6 +46,7 @@ from tests.builders.records import a_rollout
 from tests.conftest import redis_server_program
 from tests.contract.test_transitions import match_all
 from tests.redis_servers import program_or_skip, running_server
+from tests.source_tree import script_names
 
 RUN: Final = "guarded"
 COARSE: Final = "before Redis 7 whoever may read a key may also write it"

@@ -18,7 +18,7 @@ from broker_schemas.records.records import MatchedSegment
 from learner.checkpoints import latest_checkpoint
 from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome
-from learner.training_log import read_training_log
+from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker
 from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for
 from tests.distributed.rank_processes import meet, run_ranks
@@ -28,7 +28,7 @@ TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    rows = read_training_log(folder / name / "train_log.jsonl")
+    rows = read_json_lines(folder / name / "train_log.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 

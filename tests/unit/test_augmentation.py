@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from broker_schemas.method.coordinates import bin_from_pixels, pixels_from_bin
-from broker_schemas.method.polygon import is_canonical
 from broker_schemas.records.records import GroundTruthObject
 from learner.augmentation import AugmentationSettings, PixelTransform, draw_transform, move_object
+from tests.builders.polygons import is_canonical
 
 WIDTH, HEIGHT = 96, 64
 EVERYTHING = AugmentationSettings(

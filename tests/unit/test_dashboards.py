@@ -16,7 +16,7 @@ import yaml
 
 from rollstream.watch.dashboards import generated_files, write_generated
 from rollstream.watch.dashboards.files import DASHBOARDS, dashboard_files
-from rollstream.watch.metrics_table import series_names
+from rollstream.watch.metrics_table import declared_metrics
 from tests.prometheus_queries import (
     alert_conditions,
     alerts,
@@ -32,6 +32,15 @@ PROMETHEUS = ROOT / "grafana" / "prometheus"
 KNOWN_TO_GRAFANA_ALONE = ["/annotations/list/0/titleFormat"]
 MISSING = object()
 PROVIDED_BY_PROMETHEUS = {"up", "ALERTS"}
+
+
+def series_names() -> frozenset[str]:
+    """Return every name that a query may use."""
+    return frozenset(
+        f"{metric.name}{part}"
+        for metric in declared_metrics()
+        for part in (("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",))
+    )
 
 
 def known_names() -> set[str]:

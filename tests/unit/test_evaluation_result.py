@@ -36,7 +36,6 @@ def evaluated(**changes: Any) -> EvaluationResult:
 def test_an_evaluation_record_gives_counts_and_is_never_turned_into_a_segment() -> None:
     result = evaluated()
     assert (result.num_predictions, result.num_ground_truth, result.num_matched) == (2, 3, 1)
-    assert (result.num_false_positives, result.num_false_negatives) == (1, 2)
     assert [item.shape for item in result.predictions] == SAID
     assert result.ground_truth == tuple(TRUTH)
     assert result.image == IMAGE

@@ -12,10 +12,9 @@ from typing import Final
 import pytest
 import typer.main
 
-from broker_schemas.broker.script_library import script_names
 from broker_schemas.records.ledger import HANDLERS
 from rollstream.commands.program import app
-from tests.source_tree import ROOT, project_files
+from tests.source_tree import ROOT, project_files, script_names
 
 DOCUMENTS: Final = tuple(sorted((ROOT / "docs").glob("*.md")))
 EXPECTED: Final = (

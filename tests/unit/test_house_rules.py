@@ -11,8 +11,7 @@ from typing import Final
 
 import pytest
 
-from broker_schemas.broker.script_library import script_names
-from tests.source_tree import PACKAGES, ROLES, ROOT, SourceFile, dotted, is_within, python_files
+from tests.source_tree import PACKAGES, ROLES, ROOT, SourceFile, dotted, is_within, python_files, script_names
 
 MAY_IMPORT: Final = {
     "broker_schemas": {"broker_schemas"},

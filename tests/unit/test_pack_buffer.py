@@ -18,6 +18,10 @@ def a_segment(record_id: str = "s", encoded_length: int = 10, policy_version: in
     return a_descriptor(record_id, encoded_length=encoded_length, policy_version=policy_version)
 
 
+def buffered_tokens(buffer: PackBuffer) -> int:
+    return sum(segment.encoded_length for segment in buffer.segments)
+
+
 def a_buffer(*lengths: int, **settings: object) -> PackBuffer:
     buffer = PackBuffer(PackBufferSettings(**{**DEFAULTS, **settings}))  # type: ignore[arg-type]
     for number, length in enumerate(lengths):
@@ -33,7 +37,7 @@ def test_an_oversized_segment_is_refused_when_inserted_and_changes_nothing() -> 
         buffer.insert(a_segment("big", 101))
 
     assert [segment.record_id for segment in buffer.segments] == ["s0"]
-    assert buffer.buffered_tokens == 30
+    assert buffered_tokens(buffer) == 30
 
 
 @pytest.mark.req("P-4")
@@ -156,7 +160,7 @@ def test_discarded_segments_are_returned_oldest_first_and_the_rest_keeps_its_ord
 
     assert [segment.record_id for segment in removed] == ["s1", "s3"]
     assert [segment.record_id for segment in buffer.segments] == ["s0", "s2"]
-    assert buffer.buffered_tokens == 20
+    assert buffered_tokens(buffer) == 20
     assert buffer.insert(a_segment("s1", 10))
 
 
@@ -169,7 +173,7 @@ def test_segments_put_back_go_first_and_once() -> None:
     buffer.put_back(choice.segments[:1])
 
     assert [segment.record_id for segment in buffer.segments] == ["s0", "s2", "s1"]
-    assert buffer.buffered_tokens == 150
+    assert buffered_tokens(buffer) == 150
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from broker_schemas.method.polygon import (
     canonical_polygon,
-    is_canonical,
     signed_doubled_area,
     vertices_of,
 )
+from tests.builders.polygons import is_canonical
 
 coordinate = st.integers(0, 999)
 flat_polygons = st.lists(st.tuples(coordinate, coordinate), min_size=3, max_size=12).map(

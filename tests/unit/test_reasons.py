@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from broker_schemas import errors
-from broker_schemas.broker.script_library import script_names, script_source
+from broker_schemas.broker.script_library import script_source
 from broker_schemas.records.reasons import DROP_REASONS, REJECTION_REASONS, SKIP_REASONS
-from tests.source_tree import python_files
+from tests.source_tree import python_files, script_names
 
 WRITTEN_BY_SCRIPTS = {
     "dropped": (r"drop_segments\(.*, '(\w+)', '\w+'\)", r"= 'dropped', '(\w+)'"),

@@ -11,11 +11,11 @@ from PIL import Image
 
 from broker_schemas.errors import DataError
 from broker_schemas.method.dataset import Sample, read_dataset
-from broker_schemas.method.polygon import is_canonical
 from rollstream.datasets.digit_outline import digit_shape, ink_contours, simplify_outline
 from rollstream.datasets.scene_drawing import SceneSettings, draw_scene
 from rollstream.datasets.scenes import make_scenes, split_shapes
 from tests.builders.datasets import tree_bytes
+from tests.builders.polygons import is_canonical
 
 
 @pytest.fixture(scope="module")

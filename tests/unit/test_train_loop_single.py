@@ -16,7 +16,8 @@ from broker_schemas.records.records import MatchedSegment
 from learner.checkpoints import latest_checkpoint, read_trainer_state
 from learner.losses import LossSettings
 from learner.settings import EarlyStopSettings
-from learner.training_log import TrainingLog, read_training_log
+from learner.training_log import TrainingLog
+from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker
 from tests.builders.learner_runs import one_rank, run_one, settings_for
 from tests.builders.learners import COORD_IDS
@@ -40,7 +41,7 @@ class ShortQueue(FakeBroker):
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    return read_training_log(folder / "run" / "train_log.jsonl")
+    return read_json_lines(folder / "run" / "train_log.jsonl")
 
 
 def test_an_f1_at_its_target_ends_the_run_with_a_checkpoint_that_knows_it(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_an_f1_at_its_target_ends_the_run_with_a_checkpoint_that_knows_it(tmp_pa
     assert checkpoint is not None
     state = read_trainer_state(checkpoint)
     assert (state.optimizer_step, state.best_f1, state.dataset_position) == (4, 0.7, 16)
-    assert read_training_log(tmp_path / "evaluations.jsonl") == [
+    assert read_json_lines(tmp_path / "evaluations.jsonl") == [
         {"optimizer_step": 1, "eval_rollout_f1": 0.4},
         {"optimizer_step": 3, "eval_rollout_f1": 0.7},
     ]

@@ -14,7 +14,8 @@ from broker_schemas.records.packs import ReadyPack, StepClaim
 from learner.metrics import LearnerMetrics
 from learner.step_report import RankPart, join_parts, log_row
 from learner.train_step import LossSums, StepUpdate
-from learner.training_log import TrainingLog, read_training_log
+from learner.training_log import TrainingLog
+from rollstream.run_folder import read_json_lines
 
 UPDATE = StepUpdate(grad_norm=2.5, learning_rate=1e-3)
 PACK = ReadyPack(pack_id="p-0", record_ids=("a", "b"), lengths=(10, 20), policy_version=3, fill=0.5)
@@ -106,10 +107,10 @@ def test_rows_are_json_lines_that_are_there_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run" / "train_log.jsonl"
     with TrainingLog(path) as log:
         log.write({"optimizer_step": 0, "loss": 1.5, "kind": "A"})
-        assert read_training_log(path) == [{"optimizer_step": 0, "loss": 1.5, "kind": "A"}]
+        assert read_json_lines(path) == [{"optimizer_step": 0, "loss": 1.5, "kind": "A"}]
     with TrainingLog(path) as log:
         log.write({"optimizer_step": 1, "loss": 1.25, "kind": "B"})
-    assert [row["optimizer_step"] for row in read_training_log(path)] == [0, 1]
+    assert [row["optimizer_step"] for row in read_json_lines(path)] == [0, 1]
 
 
 def test_a_line_cut_off_by_a_kill_does_not_swallow_the_next(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_line_cut_off_by_a_kill_does_not_swallow_the_next(tmp_path: Path) -> N
     path.write_bytes(b'{"optimizer_step": 0}\n{"optimizer_st')
     with TrainingLog(path) as log:
         log.write({"optimizer_step": 1})
-    assert read_training_log(path) == [{"optimizer_step": 0}, {"optimizer_step": 1}]
+    assert read_json_lines(path) == [{"optimizer_step": 0}, {"optimizer_step": 1}]
 
 
 def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
