@@ -77,14 +77,6 @@ class EvaluationResult:
     dropped: Mapping[str, int]
     rollout_text: str
 
-    @property
-    def num_predictions(self) -> int:
-        return len(self.predictions)
-
-    @property
-    def num_ground_truth(self) -> int:
-        return len(self.ground_truth)
-
     def to_body(self) -> dict[str, Any]:
         """Return a map of plain values: msgpack and JSON can write it."""
         return {

@@ -15,13 +15,17 @@ ROLES: Final = ("producers", "consumers", "learner")
 PACKAGES: Final = ("broker_schemas", "configs", *ROLES, "rollstream")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SourceFile:
-    """One Python file, parsed. ``path`` is relative to the root, ``module`` its dotted name."""
+    """One Python file, parsed once and walked once: ``nodes`` is the whole tree, flat.
+
+    ``path`` is relative to the root, ``module`` its dotted name.
+    """
 
     path: Path
     text: str
     tree: ast.Module
+    nodes: tuple[ast.AST, ...]
 
     @property
     def package(self) -> str:
@@ -31,12 +35,15 @@ class SourceFile:
     def module(self) -> str:
         return ".".join(self.path.with_suffix("").parts).removesuffix(".__init__")
 
-    def imports(self) -> Iterator[tuple[int, str]]:
-        """Yield (line, full dotted name) of all that is imported anywhere, functions included.
+    def imports(self) -> tuple[tuple[int, str], ...]:
+        """Return (line, full dotted name) of all that is imported anywhere, functions included.
 
-        ``from a.b import c`` yields ``a.b.c``: c may be a module.
+        ``from a.b import c`` gives ``a.b.c``: c may be a module.
         """
-        for node in ast.walk(self.tree):
+        return _imports(self)
+
+    def _found_imports(self) -> Iterator[tuple[int, str]]:
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -49,25 +56,46 @@ class SourceFile:
                     start = ".".join([*base, start] if start else base)
                 yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
 
-    def attributes(self) -> Iterator[tuple[int, str]]:
-        """Yield (line, dotted name) of attribute chains, with import aliases written out."""
+    def attributes(self) -> tuple[tuple[int, str], ...]:
+        """Return (line, dotted name) of attribute chains, with import aliases written out."""
+        return _attributes(self)
+
+    def _found_attributes(self) -> Iterator[tuple[int, str]]:
         aliases = {
             alias.asname: alias.name
-            for node in ast.walk(self.tree)
+            for node in self.nodes
             if isinstance(node, ast.Import)
             for alias in node.names
             if alias.asname
         }
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Attribute) and (name := dotted(node)):
                 head, _, rest = name.partition(".")
                 yield node.lineno, f"{aliases.get(head, head)}.{rest}"
 
-    def calls(self) -> Iterator[tuple[str, ast.Call]]:
-        """Yield (dotted name of the callee, call); the name is empty where it is no plain name."""
-        for node in ast.walk(self.tree):
+    def calls(self) -> tuple[tuple[str, ast.Call], ...]:
+        """Return (dotted name of the callee, call); the name is empty where it is no plain name."""
+        return _calls(self)
+
+    def _found_calls(self) -> Iterator[tuple[str, ast.Call]]:
+        for node in self.nodes:
             if isinstance(node, ast.Call):
                 yield dotted(node.func), node
+
+
+@cache
+def _imports(file: SourceFile) -> tuple[tuple[int, str], ...]:
+    return tuple(file._found_imports())
+
+
+@cache
+def _attributes(file: SourceFile) -> tuple[tuple[int, str], ...]:
+    return tuple(file._found_attributes())
+
+
+@cache
+def _calls(file: SourceFile) -> tuple[tuple[str, ast.Call], ...]:
+    return tuple(file._found_calls())
 
 
 def dotted(node: ast.expr) -> str:
@@ -85,15 +113,20 @@ def is_within(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
 
 
-@cache
 def python_files(*folders: str) -> tuple[SourceFile, ...]:
-    """Return the Python files of top-level ``folders``, sorted by path."""
-    return tuple(
-        SourceFile(path.relative_to(ROOT), text, ast.parse(text, filename=str(path)))
-        for folder in folders
-        for path in sorted((ROOT / folder).rglob("*.py"))
-        if (text := path.read_text("utf-8")) is not None
-    )
+    """Return the Python files of top-level ``folders``, sorted by path within each."""
+    return tuple(file for folder in folders for file in _files_of(folder))
+
+
+@cache
+def _files_of(folder: str) -> tuple[SourceFile, ...]:
+    return tuple(_parsed(path) for path in sorted((ROOT / folder).rglob("*.py")))
+
+
+def _parsed(path: Path) -> SourceFile:
+    text = path.read_text("utf-8")
+    tree = ast.parse(text, filename=str(path))
+    return SourceFile(path.relative_to(ROOT), text, tree, tuple(ast.walk(tree)))
 
 
 def script_names() -> list[str]:

@@ -35,7 +35,7 @@ def evaluated(**changes: Any) -> EvaluationResult:
 @pytest.mark.req("P-12", "M-12")
 def test_an_evaluation_record_gives_counts_and_is_never_turned_into_a_segment() -> None:
     result = evaluated()
-    assert (result.num_predictions, result.num_ground_truth, result.num_matched) == (2, 3, 1)
+    assert (len(result.predictions), len(result.ground_truth), result.num_matched) == (2, 3, 1)
     assert [item.shape for item in result.predictions] == SAID
     assert result.ground_truth == tuple(TRUTH)
     assert result.image == IMAGE

@@ -90,7 +90,7 @@ def test_every_public_name_is_reached_from_a_command_a_role_or_the_library_table
 def test_every_public_method_is_called_by_something() -> None:
     used: dict[str, int] = defaultdict(int)
     for file in python_files(*PACKAGES):
-        for node in ast.walk(file.tree):
+        for node in file.nodes:
             if isinstance(node, ast.Attribute):
                 used[node.attr] += 1
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -273,7 +273,7 @@ def test_no_function_is_over_50_lines() -> None:
     offences = listed(
         f"{file.path}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
         for file in python_files(*PACKAGES, "tests")
-        for node in ast.walk(file.tree)
+        for node in file.nodes
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
         if node.end_lineno - node.lineno + 1 > 50
     )
@@ -304,7 +304,7 @@ def test_fields_say_which_version_and_which_step() -> None:
     offences = listed(
         f"{file.path}:{node.lineno} field {node.target.id}"
         for file in python_files(*PACKAGES)
-        for owner in ast.walk(file.tree)
+        for owner in file.nodes
         if isinstance(owner, ast.ClassDef)
         for node in owner.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
