@@ -17,9 +17,9 @@ from consumers.joins import examine_join
 from consumers.parsing import parse_rollout
 from consumers.record_matching import MatcherTools, match_record
 from consumers.token_bytes import token_bytes_of
-from tests.qwen_tokenizer import qwen_tokenizer
-from tests.segment_builders import make_rollout
-from tests.tokenizer_builders import (
+from tests.builders.qwen_tokenizer import qwen_tokenizer
+from tests.builders.rollouts import make_rollout
+from tests.builders.tokenizers import (
     DESCRIPTIONS,
     byte_fallback_tokenizer,
     coord_vocabulary,
