@@ -2,24 +2,19 @@
 
 Pure arithmetic over what is in the pipeline; it must not know the broker, the clock or the configuration.
 
-The freshness bound. Let K be `sync_every_steps`, w `version_window`, l `producer_lag_versions`, r `b_ratio`,
-GA `gradient_accumulation_steps` and s the number of committed optimizer steps, so that step s runs or comes
-next. The policy version grows by one after every K-th step: during step t it is current + t//K - s//K. A
-rollout requested during step s has version current - l at the lowest, and may be claimed while t//K <= s//K +
-w - l, that is, before step d(s) = K (s//K + w - l + 1). It is ready for the claims from step a(s) = s +
-`generation_steps` on. With B(n) = floor(n r) rollout steps among the first n (the schedule), each rank claims
-GA (B(d) - B(a)) packs from a to d. As long as packs leave oldest first and every scheduled claim is made, a
-segment is claimed fresh if at its arrival at most that many packs for each rank are in line, its own
-included. In line can be everything in the pipeline, since younger requests may return before it. So the whole
-pipeline is held under the smallest bound of all steps at which a request in flight was issued.
+The freshness bound. `claim_plan` lays what is under way over the coming claims, lowest version first, as the
+claims take it; a request made now may fill what is left of those claims that it reaches while it is fresh.
+Requests in flight are known step by step (`outstanding_by_step`). Where they are not, the whole pipeline is
+held under the smallest bound of all steps at which a request in flight was issued, which is safe in any order
+of arrival and asks for too little.
 
 The bound counts packs and relies on the smallest ones. Where it leaves room for the packs of just one or two
 steps, that many small packs would be too few rollouts to make the step's packs at all, and all of them would
-go stale in a skipped step. So what fills the packs of one step is asked for wherever the bound has room for
-them; a few segments that do not get into them may then miss their bound.
+go stale in a skipped step. So what fills the packs of the first claim that can be reached is asked for
+wherever that claim has room for it; a few segments that do not get into them may then miss their bound.
 
 Exact selection lets a younger segment overtake an older one inside the pack buffer, though never the oldest;
-such a segment can miss its bound. It is then dropped as stale and counted, as any other.
+such a segment can miss its bound. It is then dropped as stale, counted, and its sample is asked for again.
 
 The aim. What is requested during step s is ready by step a(s); from the next claim until then each rank takes
 GA (B(a) - B(next claim)) packs. A pipeline of `prefetch_target_packs` and that many packs more leaves the
@@ -29,12 +24,13 @@ target depth at every claim.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Final, Literal
 
-from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.schedule import next_rollout_step, num_rollout_steps
+from producers.claim_plan import ROUNDING, ClaimRule, FreePlaces, Lot, free_places
 
 DemandLimit = Literal["aim", "freshness", "aim_reached", "freshness_reached"]
 
@@ -77,6 +73,16 @@ class DemandSettings:
                 f"least the {self.gradient_accumulation_steps} packs of one step"
             )
 
+    @property
+    def claim_rule(self) -> ClaimRule:
+        """When something may be claimed."""
+        return ClaimRule(
+            b_ratio=self.b_ratio,
+            sync_every_steps=self.sync_every_steps,
+            version_window=self.version_window,
+            producer_lag_versions=self.producer_lag_versions,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemandState:
@@ -102,6 +108,10 @@ class DemandState:
     + G; at least 1, except where the claim of step s waits for it."""
     oldest_outstanding_optimizer_step: int | None = None
     """`optimizer_step` at which the oldest outstanding rollout was requested; None when there is none."""
+    outstanding_by_step: tuple[tuple[int, int], ...] | None = None
+    """(`optimizer_step` at the request, outstanding rollouts of it), oldest first; None: not known."""
+    ready_versions: tuple[tuple[int, ...], ...] | None = None
+    """Policy versions of each rank's ready packs; None: not known, all of the current one."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -157,21 +167,87 @@ def decide_demand(state: DemandState, settings: DemandSettings) -> DemandDecisio
         )
     num_pending = state.num_outstanding_rollouts + state.num_matched_segments
     aim_packs = _missing_packs(state, _aim_level(state, settings))
-    level = freshness_level(state, settings)
-    num_allowed = max(
-        math.floor(_missing_packs(state, level) * state.least_segments_per_pack),
-        _one_step(state, settings) if level >= settings.gradient_accumulation_steps else 0,
-    )
     num_aimed = max(0, math.ceil(aim_packs * state.segments_per_pack) - num_pending)
-    num_fresh = max(0, num_allowed - num_pending)
+    num_fresh = max(0, _num_fresh(state, settings))
     chunk = settings.rollouts_per_request
     num_whole = -(-num_aimed // chunk) * chunk
     num_rollouts = min(num_whole, num_fresh)
+    if state.outstanding_by_step is not None:
+        num_rollouts = _in_whole_packs(num_rollouts, num_fresh, num_pending, state.segments_per_pack)
     if num_whole <= num_fresh:
         limited_by: DemandLimit = "aim" if num_rollouts else "aim_reached"
     else:
         limited_by = "freshness" if num_rollouts else "freshness_reached"
     return DemandDecision(num_rollouts=num_rollouts, rollouts_per_request=chunk, limited_by=limited_by)
+
+
+def _in_whole_packs(num_rollouts: int, at_most: int, num_pending: int, segments_per_pack: float) -> int:
+    """Return as many, or a few more or less, that fill packs together with what is pending.
+
+    What is left of a pack waits for younger rollouts, and its oldest segment may be stale by then.
+    """
+    if num_rollouts == 0:
+        return 0
+    num_packs = math.ceil((num_pending + num_rollouts) / segments_per_pack - ROUNDING)
+    if math.ceil(num_packs * segments_per_pack - ROUNDING) - num_pending > at_most:
+        num_packs -= 1
+    return min(at_most, max(0, math.ceil(num_packs * segments_per_pack - ROUNDING) - num_pending))
+
+
+def _num_fresh(state: DemandState, settings: DemandSettings) -> int:
+    """Rollouts that may be requested now because the claims that they reach have room for them."""
+    if state.outstanding_by_step is not None:
+        sure = _places(state, settings, state.least_segments_per_pack)
+        full = _places(state, settings, state.segments_per_pack)
+        return max(math.floor(sure.total + ROUNDING), math.ceil(full.first - ROUNDING))
+    num_pending = state.num_outstanding_rollouts + state.num_matched_segments
+    level = freshness_level(state, settings)
+    num_allowed = max(
+        math.floor(_missing_packs(state, level) * state.least_segments_per_pack),
+        _one_step(state, settings) if level >= settings.gradient_accumulation_steps else 0,
+    )
+    return num_allowed - num_pending
+
+
+def _places(state: DemandState, settings: DemandSettings, segments_per_pack: float) -> FreePlaces:
+    now, rule = state.optimizer_step, settings.claim_rule
+    next_claim_step = now + state.is_step_decided
+    matched = Lot(
+        ready_step=next_claim_step,
+        deadline_step=rule.deadline_step(now),
+        num_segments=state.num_matched_segments,
+    )
+    current = (now // settings.sync_every_steps,)
+    ready = state.ready_versions or [current * depth for depth in state.ready_packs_per_rank]
+    lots = [
+        Lot(
+            ready_step=next_claim_step,
+            deadline_step=rule.deadline_of(version),
+            num_segments=segments_per_pack * num_packs,
+            rank=rank,
+        )
+        for rank, versions in enumerate(ready)
+        for version, num_packs in sorted(Counter(versions).items())
+    ]
+    # what has outlived its estimate may come any moment: it is reckoned with at once
+    lots += [
+        Lot(
+            ready_step=max(next_claim_step, step + state.generation_steps),
+            deadline_step=rule.deadline_step(step),
+            num_segments=num,
+        )
+        for step, num in state.outstanding_by_step or ()
+    ]
+    per_claim = settings.gradient_accumulation_steps
+    return free_places(
+        rule,
+        [*lots, matched],
+        next_claim_step=next_claim_step,
+        reachable=range(now + state.generation_steps, rule.deadline_step(now)),
+        world_size=settings.world_size,
+        segments_per_claim=per_claim * segments_per_pack,
+        least_segments_per_claim=per_claim * state.least_segments_per_pack,
+    )
 
 
 def freshness_level(state: DemandState, settings: DemandSettings) -> int:
@@ -196,9 +272,7 @@ def freshness_level(state: DemandState, settings: DemandSettings) -> int:
 def _claimable_packs(requested_step: int, generation_steps: int, settings: DemandSettings) -> int:
     """Packs per rank that the schedule claims while a rollout requested before this step is ready and
     fresh."""
-    period = settings.sync_every_steps
-    num_versions = settings.version_window - settings.producer_lag_versions + 1
-    deadline_step = period * (requested_step // period + num_versions)
+    deadline_step = settings.claim_rule.deadline_step(requested_step)
     return _scheduled_packs(requested_step + generation_steps, deadline_step, settings)
 
 
@@ -230,7 +304,7 @@ def claimable_packs(
     supply: counted as such, they would leave that step short.
     """
     claim_step = next_rollout_step(next_claim_step, settings.b_ratio)
-    oldest = oldest_allowed(claim_step // settings.sync_every_steps, settings.version_window)
+    oldest = settings.claim_rule.oldest_at(claim_step)
     return tuple(sum(version >= oldest for version in versions) for versions in ready_versions)
 
 
@@ -239,7 +313,7 @@ def _missing_packs(state: DemandState, level: int) -> int:
     return sum(max(0, level - depth) for depth in state.ready_packs_per_rank)
 
 
-_LEAST_SETTINGS = {
+_LEAST_SETTINGS: Final = {
     "world_size": 1,
     "gradient_accumulation_steps": 1,
     "prefetch_target_packs": 1,

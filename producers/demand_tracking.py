@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from broker_schemas.broker.status import RunStatus
+from producers.claim_plan import unreachable_share
 from producers.demand import DemandSettings, DemandState, claimable_packs
 
 NUM_RECENT = 16
@@ -56,18 +57,48 @@ class DemandTracker:
             ),
             segments_per_pack=full,
             least_segments_per_pack=min([full, *self._per_pack]),
-            generation_steps=self._generation_estimate(status),
+            generation_steps=self._generation_estimate(status, settings),
             oldest_outstanding_optimizer_step=self._issued[0][1] if self._issued else None,
+            outstanding_by_step=self._outstanding_by_step(status, optimizer_step),
+            ready_versions=status.ready_versions,
         )
 
-    def _generation_estimate(self, status: RunStatus) -> int:
-        """Return the careful estimate, but 1 while nothing is under way.
+    @property
+    def slowest_generation_steps(self) -> int:
+        """The slowest of late: optimizer steps from a request to the claim that its rollouts can join."""
+        return max(self._generation_steps)
 
-        A slow start could forbid every further request, and with none there would be no new measure: an empty
-        pipeline therefore asks once more. What comes too late is dropped as stale and counted.
+    def _outstanding_by_step(self, status: RunStatus, optimizer_step: int) -> tuple[tuple[int, int], ...]:
+        """Return how many of each step's requests are outstanding; what nobody noted here was asked for now.
+
+        A dispatcher that was started again knows nothing of what it asked for before.
+        """
+        before = status.total("requested") - max(0, status.outstanding)
+        found: dict[int, int] = {}
+        for total_requested, step in self._issued:
+            found[step] = found.get(step, 0) + max(0, total_requested - before)
+            before = max(before, total_requested)
+        unknown = status.total("requested") - before
+        if unknown > 0:
+            found[optimizer_step] = found.get(optimizer_step, 0) + unknown
+        return tuple(sorted(found.items()))
+
+    def _generation_estimate(self, status: RunStatus, settings: DemandSettings) -> int:
+        """Return the slowest of late with which something can be fresh, but 1 while nothing is under way.
+
+        A straggler that cannot be fresh must not stop those that can: while most of the late ones were quick
+        enough, the slowest of these counts, and what comes later than that is dropped as stale. A slow start could forbid every further request, and with none there would be no new measure: an empty
+        pipeline therefore asks once more.
         """
         under_way = status.outstanding + status.matched_waiting + sum(status.ready_depths)
-        return max(self._generation_steps) if under_way else 1
+        if not under_way:
+            return 1
+        quick_enough = [
+            steps for steps in self._generation_steps if unreachable_share(settings.claim_rule, steps) < 1
+        ]
+        if 2 * len(quick_enough) > len(self._generation_steps):
+            return max(quick_enough)
+        return self.slowest_generation_steps
 
     def _learn_pack_sizes(self, status: RunStatus) -> None:
         packs, segments = status.total("packed"), status.total("packed_segments")

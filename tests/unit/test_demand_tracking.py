@@ -64,6 +64,39 @@ def test_a_slow_start_does_not_end_all_requests() -> None:
     assert decide_demand(state, SETTINGS).num_rollouts > 0
 
 
+@pytest.mark.req("Q-16")
+def test_one_straggler_that_cannot_be_fresh_does_not_stop_the_others() -> None:
+    tracker = DemandTracker(4.0, 1000)
+    for step in range(12):
+        tracker.on_issued(8 * (step + 1), step)
+        tracker.observe(a_status(requested=8 * (step + 1), steps=step), SETTINGS)
+    tracker.on_issued(104, 12)
+    tracker.observe(a_status(requested=104, open_records=8, steps=21), SETTINGS)
+    tracker.observe(a_status(requested=104, steps=21), SETTINGS)
+    tracker.on_issued(112, 21)
+
+    state = tracker.observe(a_status(requested=112, open_records=8, steps=21), SETTINGS)
+
+    assert tracker.slowest_generation_steps == 10
+    assert state.generation_steps == 1
+    assert decide_demand(state, SETTINGS).num_rollouts > 0
+
+
+@pytest.mark.req("Q-16")
+def test_what_is_outstanding_is_known_by_the_step_at_which_it_was_asked_for() -> None:
+    tracker = DemandTracker(4.0, 1000)
+    tracker.on_issued(8, 0)
+    tracker.on_issued(16, 0)
+    tracker.on_issued(24, 1)
+    state = tracker.observe(a_status(requested=24, open_records=14, steps=1), SETTINGS)
+    assert state.outstanding_by_step == ((0, 6), (1, 8))
+
+    # a dispatcher that was started again finds what its forerunner asked for
+    anew = DemandTracker(4.0, 1000)
+    state = anew.observe(a_status(requested=24, open_records=14, steps=5), SETTINGS)
+    assert state.outstanding_by_step == ((5, 14),)
+
+
 def matched_status(matched: int, tokens: int, *, packed: int = 0, packed_segments: int = 0) -> RunStatus:
     counters = {
         "matched": matched,
