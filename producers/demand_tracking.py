@@ -64,6 +64,11 @@ class DemandTracker:
         )
 
     @property
+    def typical_generation_steps(self) -> int:
+        """What three of four of the late ones stayed within."""
+        return sorted(self._generation_steps)[3 * (len(self._generation_steps) - 1) // 4]
+
+    @property
     def slowest_generation_steps(self) -> int:
         """The slowest of late: optimizer steps from a request to the claim that its rollouts can join."""
         return max(self._generation_steps)
@@ -87,8 +92,9 @@ class DemandTracker:
         """Return the slowest of late with which something can be fresh, but 1 while nothing is under way.
 
         A straggler that cannot be fresh must not stop those that can: while most of the late ones were quick
-        enough, the slowest of these counts, and what comes later than that is dropped as stale. A slow start could forbid every further request, and with none there would be no new measure: an empty
-        pipeline therefore asks once more.
+        enough, the slowest of these counts, and what comes later than that is dropped as stale. A slow start
+        could forbid every further request, and with none there would be no new measure: an empty pipeline
+        therefore asks once more.
         """
         under_way = status.outstanding + status.matched_waiting + sum(status.ready_depths)
         if not under_way:

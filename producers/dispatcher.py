@@ -18,11 +18,13 @@ from broker_schemas.broker.rollout_requests import (
     issue_requests,
     read_cursor,
     reissue_expired,
+    say_demand_advice,
 )
 from broker_schemas.broker.status import RunStatus, read_status
 from broker_schemas.records.records import NOT_STEP_BOUND
-from producers.demand import DemandSettings, decide_demand
+from producers.demand import DemandSettings, decide_demand, requests_to_issue
 from producers.demand_tracking import DemandTracker
+from producers.freshness_advice import freshness_advice
 from producers.jobs import RolloutQueue, enqueue_request, failed_requests, job_id_of
 from producers.metrics import DispatcherMetrics
 from producers.request_building import build_requests
@@ -60,6 +62,7 @@ class Dispatcher:
         self._settings = settings
         self._tracker = DemandTracker(settings.start_segments_per_pack, settings.capacity_tokens)
         self._leases_checked_at_s = 0.0
+        self._advice = ""
         self._failed_jobs: set[str] = set()
         self._on_their_way: set[str] = set()
 
@@ -87,7 +90,23 @@ class Dispatcher:
         demand = self._settings.demand
         if demand is None:
             return rollouts_for_open_step(status)
-        return decide_demand(self._tracker.observe(status, demand), demand).num_rollouts
+        state = self._tracker.observe(status, demand)
+        self._advise(freshness_advice(demand.claim_rule, self._tracker.typical_generation_steps))
+        self._metrics.on_generation_steps(self._tracker.typical_generation_steps)
+        if requests_to_issue(state, demand) == 0:
+            return 0
+        return decide_demand(state, demand).num_rollouts
+
+    def _advise(self, advice: str) -> None:
+        """Tell the log and, through the broker, whoever watches the run; each sentence once."""
+        if advice == self._advice:
+            return
+        say_demand_advice(self._broker, advice)
+        self._advice = advice
+        if advice:
+            log.warning("dispatcher: %s", advice)
+        else:
+            log.info("dispatcher: every scheduled B step can be served fresh again")
 
     def _issue(self, num_rollouts: int, status: RunStatus) -> int:
         settings = self._settings

@@ -88,6 +88,11 @@ class DispatcherMetrics:
             "Entries among the failed jobs that are no job, each once.",
             registry=registry,
         )
+        self._generation = Gauge(
+            "rollstream_generation_steps_count",
+            "Optimizer steps from a request to the claim that its rollouts are ready for, three of four.",
+            registry=registry,
+        )
         self._outstanding = Gauge(
             "rollstream_outstanding_rollouts", "Rollouts asked for and not yet matched.", registry=registry
         )
@@ -105,6 +110,9 @@ class DispatcherMetrics:
 
     def on_failed(self, reason: str) -> None:
         self._failed.labels(reason).inc()
+
+    def on_generation_steps(self, num_steps: int) -> None:
+        self._generation.set(num_steps)
 
     def on_status(self, outstanding: int) -> None:
         self._outstanding.set(outstanding)

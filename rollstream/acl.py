@@ -37,7 +37,7 @@ class Grant:
 CALL: Final = "evalsha eval"
 STATUS: Final = Grant(
     commands="multi exec hget hgetall xlen zcard",
-    reads="policy segments matched claims counters open_step ready:*",
+    reads="policy segments matched claims counters open_step dispatch ready:*",
 )
 # every role makes the groups when it connects, and asks for the version of the server
 CONNECT: Final = (

@@ -77,6 +77,12 @@ def read_cursor(broker: Broker) -> int:
         return int(broker.client.hget(broker.keys.named("dispatch"), "cursor") or 0)
 
 
+def say_demand_advice(broker: Broker, advice: str) -> None:
+    """Leave a sentence for whoever watches the run, or nothing; raises BrokerError."""
+    with broker_errors("writing the advice of demand control"):
+        broker.client.hset(broker.keys.named("dispatch"), "advice", advice)
+
+
 def issue_requests(
     broker: Broker, requests: Sequence[RolloutRequest], *, cursor: int, next_cursor: int, lease: LeaseSettings
 ) -> bool:

@@ -28,6 +28,7 @@ class RunStatus:
     """Counts are records unless said otherwise. ``counters`` are the running sums of the log.
 
     ``ready_versions`` are the policy versions of each rank's ready packs, where they were asked for.
+    ``demand_advice`` is what the dispatcher says where no demand could serve the B steps fresh.
     """
 
     policy_version: int
@@ -38,6 +39,7 @@ class RunStatus:
     counters: Mapping[str, int]
     open_step: OpenStep | None
     ready_versions: tuple[tuple[int, ...], ...] = ()
+    demand_advice: str = ""
 
     def total(self, name: str) -> int:
         """Return a running sum, 0 where nothing was counted yet."""
@@ -69,11 +71,12 @@ def read_status(broker: Broker, world_size: int, *, with_ready_versions: bool = 
         pipe.zcard(keys.named("claims"))
         pipe.hgetall(keys.named("counters"))
         pipe.hgetall(keys.named("open_step"))
+        pipe.hget(keys.named("dispatch"), "advice")
         for rank in range(world_size):
             pipe.xlen(keys.ready(rank))
         for rank in range(world_size if with_ready_versions else 0):
             pipe.xrange(keys.ready(rank))
-        version, segments, matched, claims, counters, open_step, *ready = pipe.execute()
+        version, segments, matched, claims, counters, open_step, advice, *ready = pipe.execute()
     depths, packs = ready[:world_size], ready[world_size:]
     return RunStatus(
         policy_version=int(version) if version is not None else -1,
@@ -86,4 +89,5 @@ def read_status(broker: Broker, world_size: int, *, with_ready_versions: bool = 
         if open_step
         else None,
         ready_versions=tuple(tuple(int(fields[b"version"]) for _, fields in entries) for entries in packs),
+        demand_advice=(advice or b"").decode(),
     )

@@ -77,6 +77,7 @@ def sample_of(
         "rejected": status.by_reason("rejected"),
         "duplicates": status.total("duplicates"),
         "lag_generated_mean": lag_generated_mean,
+        "demand_advice": status.demand_advice,
         "broker_bytes": broker_bytes if broker_bytes is not None else status.total("bytes"),
     }
 

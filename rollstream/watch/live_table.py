@@ -112,6 +112,7 @@ def render_live(
     parts: list[RenderableType] = [
         _progress(sample, steps, settings),
         _who_waits(sample, steps, settings, now_ms),
+        *_advice(sample),
         _flow(sample, settings),
         _numbers(samples, steps),
         _losses(sample),
@@ -173,6 +174,12 @@ def _who_waits(sample: Row, steps: Sequence[Row], settings: ViewSettings, now_ms
     calm = said.startswith(("nobody", "nothing", "producers wait"))
     style = "bold red" if broken_roles(sample) else "green" if calm else "yellow"
     return Text(f"▶ {said}", style=style)
+
+
+def _advice(sample: Row) -> list[RenderableType]:
+    """Show what the dispatcher says where no demand could serve the B steps fresh."""
+    said = sample.get("demand_advice")
+    return [Text(f"▲ {one_line(said, 400)}", style="yellow")] if isinstance(said, str) and said else []
 
 
 def _flow(sample: Row, settings: ViewSettings) -> RenderableType:

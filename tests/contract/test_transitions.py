@@ -273,6 +273,20 @@ def test_a_claim_takes_packs_for_every_rank_and_answers_the_same_again(broker: B
     assert read_status(broker, 2).ready_depths == (1, 0)
 
 
+@pytest.mark.req("Q-5", "Q-16")
+def test_a_claim_takes_the_packs_that_are_stale_soonest(broker: Broker) -> None:
+    learner = a_learner(broker, world_size=1)
+    ready_packs(broker, "young", ranks=[0], version=2)
+    ready_packs(broker, "old", ranks=[0], version=1)
+    ready_packs(broker, "old-too", ranks=[0], version=1)
+
+    taken = [
+        learner.claim_step(optimizer_step=step, scheduled_kind="B", policy_version=3) for step in range(3)
+    ]
+
+    assert [claim.packs[0][0].pack_id for claim in taken if claim] == ["p-old", "p-old-too", "p-young"]
+
+
 @pytest.mark.req("Q-7", "Q-8")
 def test_a_short_rank_makes_the_step_a_and_takes_nothing(broker: Broker) -> None:
     ready_packs(broker, "a", ranks=[0])

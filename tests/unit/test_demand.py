@@ -14,7 +14,7 @@ from producers.demand import (
     freshness_level,
     requests_to_issue,
 )
-from tests.demand_simulation import a_simulation
+from tests.builders.demand_simulation import a_simulation
 
 SETTINGS = DemandSettings(
     world_size=2,

@@ -10,7 +10,8 @@ import pytest
 
 from producers.claim_plan import sufficient_window, unreachable_share
 from producers.demand import DemandSettings, DemandState, decide_demand
-from tests.demand_simulation import Simulation, a_simulation
+from producers.freshness_advice import freshness_advice
+from tests.builders.demand_simulation import Simulation, a_simulation
 
 LEAST_SERVED = 0.95
 DEFAULTS = DemandSettings(
@@ -127,3 +128,13 @@ def test_claims_that_no_request_can_reach_are_counted_and_the_window_that_would_
     assert sufficient_window(rule, generation_steps) == sufficient
     enough = replace(rule, version_window=sufficient)
     assert unreachable_share(enough, generation_steps) == 0.0
+
+
+@pytest.mark.req("Q-16")
+def test_where_freshness_cannot_suffice_the_setting_to_change_is_named() -> None:
+    assert freshness_advice(DEFAULTS.claim_rule, 2) == ""
+
+    said = freshness_advice(DEFAULTS.claim_rule, 4)
+
+    assert said.startswith("100% of the B steps cannot be served fresh")
+    assert "set stage2_async.version_window to 4" in said

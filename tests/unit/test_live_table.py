@@ -11,6 +11,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from rollstream.run_folder import RunFolder
+from rollstream.show.report.counting import key_numbers
+from rollstream.show.report.phrases import detail_lines
 from rollstream.watch.live_table import LiveView, bottleneck
 from tests.builders.run_folders import START_MS, make_config, make_run_folder, make_sample, make_step
 
@@ -201,3 +203,16 @@ def test_more_replicas_and_ranks_than_fit_still_stay_within_80_columns(tmp_path:
     assert max(len(line) for line in text.splitlines()) <= 80
     assert text.count("●") == 40
     assert "3 3 3 3 3 3 3 3" in text
+
+
+@pytest.mark.req("Q-16")
+def test_what_the_dispatcher_says_of_freshness_is_shown_in_the_view_and_the_report(tmp_path: Path) -> None:
+    advice = "100% of the B steps cannot be served fresh: set stage2_async.version_window to 4"
+    folder = make_run_folder(tmp_path)
+    append(folder.stack_samples, make_sample(151, demand_advice=advice))
+
+    text = " ".join(shown(LiveView(folder).render(START_MS + 151_000), width=200).split())
+
+    assert advice in text
+    numbers = key_numbers([], [make_sample(demand_advice=advice)], b_ratio="1")
+    assert advice in [line.remark for line in detail_lines(numbers)]

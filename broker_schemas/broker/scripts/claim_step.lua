@@ -5,7 +5,7 @@
 -- ARGV[2]  optimizer step
 -- ARGV[3]  kind by the schedule, A or B
 -- ARGV[4]  learner world size
--- ARGV[5]  packs a rank needs; unused in mode sealed
+-- ARGV[5]  packs a rank needs, the lowest policy versions first; unused in mode sealed
 -- ARGV[6]  oldest policy version that may be trained on: older packs are dropped on all ranks first
 -- ARGV[7]  current policy version
 -- ARGV[8]  mode: fallback (short queue: A), wait (short queue: ask again), sealed (the packs of this step, when complete)
@@ -43,12 +43,25 @@ local function short_ranks()
   return short
 end
 
-local function decide(kind, reason, short, take)
+-- The packs of a rank that the step takes, as {entry id, fields}: those that are stale soonest, else in order.
+local function chosen_packs(rank)
+  local found = {}
+  for i, entry in ipairs(redis.call('XRANGE', ready_key(rank), '-', '+')) do
+    found[i] = {at = i, entry[1], fields_of(entry)}
+  end
+  if mode == 'sealed' then return found end
+  table.sort(found, function(a, b)
+    local one, other = tonumber(a[2]['version']), tonumber(b[2]['version'])
+    return one < other or (one == other and a.at < b.at)
+  end)
+  return {unpack(found, 1, wanted)}
+end
+
+local function decide(kind, reason, short)
   local lines, segments = {}, 0
   for rank = 0, world - 1 do
-    local entries = take ~= 0 and redis.call('XRANGE', ready_key(rank), '-', '+', 'COUNT', take) or {}
-    for i, entry in ipairs(entries) do
-      local pack = fields_of(entry)
+    for i, entry in ipairs(kind == 'B' and chosen_packs(rank) or {}) do
+      local pack = entry[2]
       redis.call('XDEL', ready_key(rank), entry[1])
       redis.call('HSET', KEYS[4], 'p:' .. rank .. ':' .. (i - 1), pack['pack'],
         'ids:' .. rank .. ':' .. (i - 1), pack['ids'])
@@ -70,13 +83,13 @@ end
 
 -- at an A step too: until they are gone, stale packs pass for depth, and nobody makes fresh ones
 if mode ~= 'sealed' then drop_stale() end
-if ARGV[3] == 'A' then return decide('A', 'schedule', '', 0) end
+if ARGV[3] == 'A' then return decide('A', 'schedule', '') end
 if mode == 'sealed' then
   if redis.call('HEXISTS', KEYS[5], step) == 0 then return {} end
   redis.call('HDEL', KEYS[5], step)
-  return decide('B', 'claimed', '', 1000000)
+  return decide('B', 'claimed', '')
 end
 local short = short_ranks()
-if #short == 0 then return decide('B', 'claimed', '', wanted) end
+if #short == 0 then return decide('B', 'claimed', '') end
 if mode == 'wait' then return {} end
-return decide('A', 'queue_short', table.concat(short, ' '), 0)
+return decide('A', 'queue_short', table.concat(short, ' '))

@@ -47,6 +47,7 @@ def key_numbers(steps: Rows, samples: Rows, *, b_ratio: str | None) -> KeyNumber
             (found for row in samples if (found := count(row, "broker_bytes"))), default=None
         ),
         restarts=_restarts(last),
+        demand_advice=str(last.get("demand_advice") or ""),
         duration_s=_duration_s([*samples, *steps]),
     )
 

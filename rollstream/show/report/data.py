@@ -40,6 +40,7 @@ class KeyNumbers:
     last_policy_version: int | None = None
     peak_broker_bytes: int | None = None
     restarts: Mapping[str, int] = field(default_factory=dict)
+    demand_advice: str = ""
     duration_s: float | None = None
 
     @property

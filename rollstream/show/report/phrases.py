@@ -72,6 +72,7 @@ def detail_lines(numbers: KeyNumbers) -> list[Line]:
             value=whole(sum(numbers.skips.values())) if numbers.num_steps else NOT_WRITTEN,
             remark=reasons(numbers.skips),
         ),
+        *_advice_lines(numbers),
         Line(
             name="objects dropped in parsing",
             value=whole(sum(numbers.object_drops.values())) if numbers.num_b_steps else NOT_WRITTEN,
@@ -87,6 +88,11 @@ def detail_lines(numbers: KeyNumbers) -> list[Line]:
             remark=reasons(numbers.restarts),
         ),
     ]
+
+
+def _advice_lines(numbers: KeyNumbers) -> list[Line]:
+    advice = one_line(numbers.demand_advice, 400)
+    return [Line(name="B steps that no demand serves fresh", value="yes", remark=advice)] if advice else []
 
 
 def evaluation_lines(data: ReportData) -> tuple[list[str], list[list[str]]]:
