@@ -53,7 +53,7 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check --output-format concise .
 	@$(BIN)/ruff check --output-format concise .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q tests/unit/test_house_rules.py tests/unit/test_house_documents.py tests/unit/test_error_map.py
+	@$(BIN)/python -m pytest -q tests/unit/test_house_*.py tests/unit/test_error_map.py tests/unit/test_reasons.py
 
 # CONFIG is the run that the containers make; REDIS_PASSWORD and the other variables of the compose file pass through
 up:

@@ -23,7 +23,7 @@ class EarlyStopSettings:
 class LearnerSettings:
     """What one rank of the loop needs to know.
 
-    ``run_dir``: folder of the run; ``companions``: model folder whose tokenizer and processor files go with
+    ``companions``: model folder whose tokenizer and processor files go with
     the weights. ``b_ratio``: exact decimal, 1 for ``rollout_matching_sft``.
     ``gradient_accumulation_steps``: rows that an A step is cut into on each rank; B steps bring their own
     packs. ``row_capacity_tokens``: the packing length. ``save_every_steps``, ``eval_every_steps``:
@@ -31,7 +31,8 @@ class LearnerSettings:
     for rank 0's evaluation; ``publication_timeout_s`` for its publication, None ``stall_timeout_s``.
     """
 
-    run_dir: Path
+    checkpoints_dir: Path
+    policy_dir: Path
     companions: Path
     loss: LossSettings
     optimization: OptimizationSettings
@@ -50,23 +51,3 @@ class LearnerSettings:
     evaluation_timeout_s: float = 3600.0
     publication_timeout_s: float | None = None
     early_stop: EarlyStopSettings = EarlyStopSettings()
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.run_dir / "checkpoints"
-
-    @property
-    def policy_dir(self) -> Path:
-        return self.run_dir / "policy"
-
-    @property
-    def train_log(self) -> Path:
-        return self.run_dir / "train_log.jsonl"
-
-    @property
-    def evaluation_log(self) -> Path:
-        return self.run_dir / "evaluation_log.jsonl"
-
-    @property
-    def tensorboard_dir(self) -> Path:
-        return self.run_dir / "tensorboard"

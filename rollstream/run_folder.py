@@ -90,6 +90,40 @@ class RunFolder:
         return self.path / "train_log.jsonl"
 
     @property
+    def evaluation_log(self) -> Path:
+        return self.path / "evaluation_log.jsonl"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def model_dir(self) -> Path:
+        """The start model of a run whose configuration describes one instead of naming it."""
+        return self.path / "model"
+
+    @property
+    def smoke_dir(self) -> Path:
+        return self.path / "smoke"
+
+    def parse_failures(self, matcher_index: int) -> Path:
+        """Return the dump of one matcher, ``parse_failures-<n>.jsonl``."""
+        return self.path / f"parse_failures-{matcher_index}.jsonl"
+
+    def replay(self, number: int) -> Path:
+        """Return the folder of one replay, ``replay-<n>``; it is a run folder of its own."""
+        return self.path / f"replay-{number}"
+
+    @property
+    def replay_spec(self) -> Path:
+        """What a replay's ranks read; only a replay's own folder has it."""
+        return self.path / "replay.json"
+
+    @property
+    def stack_lock(self) -> Path:
+        return self.path / "stack.lock"
+
+    @property
     def stack_samples(self) -> Path:
         return self.path / "stack_samples.jsonl"
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import Final
 
 from broker_schemas.errors import ConfigError
-
-LOCK_FILE: Final = "stack.lock"
+from rollstream.run_folder import RunFolder
 
 
 class StackLock:
@@ -21,7 +19,7 @@ class StackLock:
     @classmethod
     def acquire(cls, folder: Path) -> StackLock:
         """Lock an existing run folder; raises ConfigError naming the process that uses it."""
-        path = folder / LOCK_FILE
+        path = RunFolder(folder).stack_lock
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,7 +37,7 @@ class StackLock:
     @staticmethod
     def check_free(folder: Path) -> None:
         """Raise ConfigError when a stack uses the folder; makes no folder and no file."""
-        path = folder / LOCK_FILE
+        path = RunFolder(folder).stack_lock
         if path.exists():
             StackLock.acquire(folder).release()
 

@@ -108,6 +108,11 @@ def dotted(node: ast.expr) -> str:
     return ""
 
 
+def listed(found: Iterator[str]) -> str:
+    """Return the offences, one a line; empty for none."""
+    return "\n".join(sorted(set(found)))
+
+
 def is_within(name: str, module: str) -> bool:
     """Say whether dotted ``name`` is ``module`` or something inside it."""
     return name == module or name.startswith(f"{module}.")

@@ -9,7 +9,7 @@ from typing import Final
 
 from broker_schemas.errors import ConfigError, DeadlinePassed
 from rollstream.run_folder import RunFolder
-from rollstream.run_lock import LOCK_FILE, StackLock
+from rollstream.run_lock import StackLock
 
 STOP_DEADLINE_S: Final = 60.0
 
@@ -19,7 +19,7 @@ def stop_stack(folder: RunFolder) -> str:
 
     Raises DeadlinePassed when the stack still runs after a minute.
     """
-    path = folder.path / LOCK_FILE
+    path = folder.stack_lock
     if not is_running(folder):
         return f"{folder.path}: no stack is running"
     holder = int(path.read_text(encoding="utf-8").strip())

@@ -22,7 +22,6 @@ from rollstream.history.replay_plan import StepRange, archived_ledger, step_rang
 from rollstream.history.replay_report import ReplayReport, compare_logs, weights_equal
 from rollstream.run_folder import RunFolder
 
-SPEC_FILE: Final = "replay.json"
 METHOD_KEYS: Final = (
     "target_sigma",
     "target_truncate",
@@ -76,11 +75,11 @@ def replay_run(path: Path, options: ReplayOptions | None = None) -> ReplayReport
     run = RunFolder.existing(path)
     steps = step_range(archived_ledger(run.archive_dir), options.first_step, options.end_step)
     changes = check_changes(options)
-    folder = RunFolder(_free_folder(run.path))
+    folder = RunFolder(_free_folder(run))
     spec = _write_spec(run, folder, steps, options)
     if steps.first:
         _copy_checkpoint(run, folder, steps.first)
-    _run_ranks(spec.load(), folder.path / SPEC_FILE)
+    _run_ranks(spec.load(), folder.replay_spec)
     name = f"checkpoint-{steps.end}"
     return ReplayReport(
         folder=str(folder.path),
@@ -116,13 +115,12 @@ def loss_overrides(settings: Sequence[str]) -> tuple[str, ...]:
     return tuple(overrides)
 
 
-def _free_folder(run: Path) -> Path:
+def _free_folder(run: RunFolder) -> Path:
     number = 1
-    while (run / f"replay-{number}").exists():
+    while run.replay(number).exists():
         number += 1
-    folder = run / f"replay-{number}"
-    folder.mkdir()
-    return folder
+    run.replay(number).mkdir()
+    return run.replay(number)
 
 
 def _write_spec(run: RunFolder, folder: RunFolder, steps: StepRange, options: ReplayOptions) -> ReplaySpec:
@@ -135,7 +133,7 @@ def _write_spec(run: RunFolder, folder: RunFolder, steps: StepRange, options: Re
     )
     config = load_config(run.resolved_config, overrides)
     if config.model.config is not None:
-        (folder.path / "model").symlink_to((run.path / "model").resolve(), target_is_directory=True)
+        folder.model_dir.symlink_to(run.model_dir.resolve(), target_is_directory=True)
     elif (start := run.policy_version_dir(0)).is_dir():
         # the folder that the configuration names may hold another model by now
         overrides = (*overrides, f"model.name_or_path={start}")
@@ -146,7 +144,7 @@ def _write_spec(run: RunFolder, folder: RunFolder, steps: StepRange, options: Re
         end_step=steps.end,
         packing_selector=selector,
     )
-    (folder.path / SPEC_FILE).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
+    (folder.replay_spec).write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
     return spec
 
 

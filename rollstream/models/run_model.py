@@ -14,7 +14,7 @@ def make_described_model(config: RunConfig) -> Path | None:
     described = config.model.config
     if described is None:
         return None
-    folder = access.run_folder(config).path / "model"
+    folder = access.run_folder(config).model_dir
     if (folder / "config.json").exists():
         return folder
     image, default = config.model.image, PRESETS["scenes"]

@@ -27,6 +27,7 @@ from consumers.record_matching import MatcherTools, match_record, match_rollout
 from consumers.token_bytes import token_bytes_of
 from producers.hf_backend import HfBackend, HfBackendSettings
 from producers.record_building import build_records
+from rollstream.run_folder import RunFolder
 from rollstream.show.inspect_view import draw_inspection, render_inspection
 from rollstream.show.inspecting import inspection_of
 from rollstream.staged_folder import write_atomically
@@ -51,7 +52,7 @@ def run_smoke(config: RunConfig, *, num_samples: int, num_examples: int = 3) -> 
 
     The same configuration gives the same files. Raises ConfigError, DataError.
     """
-    folder = access.run_folder(config).path / "smoke"
+    folder = access.run_folder(config).smoke_dir
     model_dir = access.model_dir(config)
     tools = matcher_tools(config, model_dir)
     samples, records = _rollouts(config, model_dir, num_samples)
@@ -66,7 +67,7 @@ def run_smoke(config: RunConfig, *, num_samples: int, num_examples: int = 3) -> 
         elif outcome.rejection is not None:
             rejections[outcome.rejection.reason] += 1
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "resolved.yaml", show.resolved_yaml(config))
+    write_atomically(RunFolder(folder).resolved_config, show.resolved_yaml(config))
     summary = {"rollouts": len(records), "counters": dict(sorted(counters.items()))}
     summary["rejected"] = dict(sorted(rejections.items()))
     write_atomically(folder / "counters.json", json.dumps(summary, indent=1) + "\n")

@@ -100,7 +100,7 @@ def model_dir(config: RunConfig) -> Path:
     """Return the folder of the start model; an inline config stands in the run folder once it is made."""
     if config.model.name_or_path is not None:
         return resolve_model_dir(config.model.name_or_path)
-    return resolve_model_dir(run_folder(config).path / "model")
+    return resolve_model_dir(run_folder(config).model_dir)
 
 
 def prompt_builder(config: RunConfig, folder: Path) -> PromptBuilder:

@@ -80,7 +80,8 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
     """Return the plain values of the loop."""
     training, stop = config.training, config.training.early_stop
     return LearnerSettings(
-        run_dir=access.run_folder(config).path,
+        checkpoints_dir=access.run_folder(config).checkpoints_dir,
+        policy_dir=access.run_folder(config).policy_dir,
         companions=access.model_dir(config),
         loss=loss_settings(config, prompts),
         optimization=optimization_settings(config),
@@ -251,7 +252,7 @@ def build_parts(
         attn_implementation=attention_implementation(ranks.device, getattr(torch, config.rollout_dtype)),
     )
     settings = learner_settings(config, prompts)
-    first = ranks.is_first
+    run, first = access.run_folder(config), ranks.is_first
     parts = LearnerParts(
         model=model,
         ranks=ranks,
@@ -266,8 +267,8 @@ def build_parts(
         ),
         metrics=LearnerMetrics(access.start_metrics(config, "learn", ranks.rank)),
         stop=stop,
-        log=TrainingLog(settings.train_log, tensorboard_dir=settings.tensorboard_dir) if first else None,
-        evaluation_log=TrainingLog(settings.evaluation_log) if first else None,
+        log=TrainingLog(run.train_log, tensorboard_dir=run.tensorboard_dir) if first else None,
+        evaluation_log=TrainingLog(run.evaluation_log) if first else None,
         evaluate=evaluate if first else None,
         sync_servers=server_sync(config, ranks.device) if first else None,
         on_step=on_step or (lambda row: None),

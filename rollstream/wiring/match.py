@@ -47,7 +47,7 @@ def run_matcher(config: RunConfig, index: int) -> None:
     method, is_async = config.rollout_matching, config.variant == "stage2_async"
     dump = None
     if method.debug_dump_parse_failures:
-        path = access.run_folder(config).path / f"parse_failures-{index}.jsonl"
+        path = access.run_folder(config).parse_failures(index)
         dump = FailureDump(path, method.debug_dump_max)
     matcher = Matcher(
         # replicas of a scaled service share the index; the name must stay over a restart, for what it held

@@ -30,7 +30,8 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
     companions.mkdir(exist_ok=True)
     (companions / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     fields: dict[str, Any] = {
-        "run_dir": folder / name,
+        "checkpoints_dir": folder / name / "checkpoints",
+        "policy_dir": folder / name / "policy",
         "companions": companions,
         "loss": LossSettings(coord_ids=COORD_IDS),
         "optimization": OptimizationSettings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
@@ -47,7 +48,8 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
 
 
 def run_one(ranks: Ranks, settings: LearnerSettings, broker: FakeBroker, **parts: Any) -> LearnerOutcome:
-    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir = settings.checkpoints_dir.parent
+    run_dir.mkdir(parents=True, exist_ok=True)
     model = tiny_model(seed=3)
     sources = RowSources(
         broker=broker,
@@ -56,7 +58,7 @@ def run_one(ranks: Ranks, settings: LearnerSettings, broker: FakeBroker, **parts
         collation=COLLATION,
         positions_of=position_rule_of(model),
     )
-    log = TrainingLog(settings.train_log) if ranks.is_first else None
+    log = TrainingLog(run_dir / "train_log.jsonl") if ranks.is_first else None
     try:
         return run_learner(
             LearnerParts(

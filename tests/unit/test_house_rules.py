@@ -11,23 +11,17 @@ from typing import Final
 
 import pytest
 
-from tests.source_tree import PACKAGES, ROLES, ROOT, SourceFile, dotted, is_within, python_files, script_names
+from tests.source_tree import (
+    PACKAGES,
+    ROOT,
+    SourceFile,
+    dotted,
+    is_within,
+    listed,
+    python_files,
+    script_names,
+)
 
-MAY_IMPORT: Final = {
-    "broker_schemas": {"broker_schemas"},
-    "configs": {"configs", "broker_schemas"},
-    **{role: {role, "broker_schemas", "configs"} for role in ROLES},
-    "rollstream": set(PACKAGES),
-}
-# wings of rollstream and rooms of broker_schemas, from the top: each imports only from those below it
-WINGS: Final = {
-    "rollstream": (
-        *("commands", "sweep", "bench", "doctor", "stack", "watch", "show", "history"),
-        *("models", "evaluation", "datasets", "vllm", "wiring"),
-    ),
-    "broker_schemas": ("rollout_servers", "broker", "method", "records"),
-}
-MOST_FILES_ON_A_FLOOR: Final = 4
 # adapters and loops; every other module of broker_schemas and of a role is a core
 EDGES: Final = {
     "broker_schemas": {
@@ -71,11 +65,6 @@ METRIC_UNITS: Final = (
 )
 
 
-def listed(found: Iterator[str]) -> str:
-    """Return the offences, one a line; empty for none."""
-    return "\n".join(sorted(set(found)))
-
-
 def cores() -> list[SourceFile]:
     return [
         file
@@ -88,62 +77,6 @@ def runs_alone(code: str) -> None:
     """Run ``code`` in a fresh interpreter; its assertion is ours."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_packages_import_only_what_lies_beneath_them() -> None:
-    offences = listed(
-        f"{file.path}:{line} imports {name}"
-        for file in python_files(*PACKAGES)
-        for line, name in file.imports()
-        if name.split(".")[0] in {*PACKAGES, "tests"} - MAY_IMPORT[file.package]
-    )
-    assert not offences, f"roles never import each other, and nothing imports upwards:\n{offences}"
-
-
-def wing_of(package: str, name: str) -> str:
-    """Return the wing that dotted ``name`` lies in; empty for a file on the package's own floor."""
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in WINGS[package] else ""
-
-
-@pytest.mark.parametrize("package", sorted(WINGS))
-def test_a_wing_imports_only_from_wings_below_it(package: str) -> None:
-    order = WINGS[package]
-    offences = listed(
-        f"{file.path}:{line} imports {name}"
-        for file in python_files(package)
-        if (own := wing_of(package, file.module))
-        for line, name in file.imports()
-        if is_within(name, package) and (other := wing_of(package, name))
-        if order.index(other) < order.index(own)
-    )
-    assert not offences, f"from the top: {', '.join(order)}:\n{offences}"
-
-
-@pytest.mark.parametrize("package", sorted(WINGS))
-def test_every_wing_is_known_and_the_floor_holds_few_files(package: str) -> None:
-    folder = ROOT / package
-    assert {path.parent.name for path in folder.glob("*/__init__.py")} == set(WINGS[package])
-    on_the_floor = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert len(on_the_floor) <= MOST_FILES_ON_A_FLOOR, sorted(on_the_floor)
-
-
-@pytest.mark.parametrize("package", sorted(WINGS))
-def test_the_files_on_a_packages_floor_import_no_wing_but_their_own_core(package: str) -> None:
-    below = {"rollstream": (), "broker_schemas": ("records", "broker")}[package]
-    offences = listed(
-        f"{file.path}:{line} imports {name}"
-        for file in python_files(package)
-        if not wing_of(package, file.module)
-        for line, name in file.imports()
-        if is_within(name, package) and wing_of(package, name) not in ("", *below)
-    )
-    assert not offences, offences
-
-
-def test_every_package_is_under_the_rules() -> None:
-    found = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert found == set(PACKAGES)
 
 
 def test_cores_hold_no_broker_no_clock_no_environment_and_no_logger() -> None:
@@ -194,16 +127,6 @@ def test_collectives_live_where_they_are_guarded() -> None:
         if str(file.path) != LAUNCHER or not any(is_within(name, allowed) for allowed in LAUNCHER_MAY_USE)
     )
     assert not offences, f"torch.distributed belongs to {', '.join(sorted(COLLECTIVES))}:\n{offences}"
-
-
-def test_consumers_never_import_torch_or_transformers() -> None:
-    offences = listed(
-        f"{file.path}:{line} imports {name}"
-        for file in python_files("consumers")
-        for line, name in file.imports()
-        if name.split(".")[0] in ("torch", "transformers")
-    )
-    assert not offences, offences
 
 
 @pytest.mark.req("Q-1")
