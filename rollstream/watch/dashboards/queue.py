@@ -35,6 +35,11 @@ _DEPTH = Row(
             ),
         ),
         Panel(
+            title="Steps from request to claim",
+            meaning="Optimizer steps until a rollout is ready for a claim; demand reckons with it.",
+            queries=(Query(series("rollstream_generation_steps_count"), "generation"),),
+        ),
+        Panel(
             title="Open claims and packer's buffer",
             meaning="Steps claimed and not covered by a checkpoint; segments the packer holds.",
             queries=(
