@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from broker_schemas.errors import RunStopped
 
 
 class TrainingLog:
@@ -18,19 +21,33 @@ class TrainingLog:
 
     def __init__(self, path: Path, *, tensorboard_dir: Path | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file: IO[bytes] = path.open("ab")
         if _ends_inside_a_line(path):
             self._file.write(b"\n")
         self._writer = _tensorboard_writer(tensorboard_dir) if tensorboard_dir is not None else None
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
-        """Append ``row``, one flat map with an ``optimizer_step``."""
+        """Append ``row``, one flat map with an ``optimizer_step``; raises RunStopped where it was moved."""
+        self._check_in_place()
         self._file.write(json.dumps(dict(row), ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in row.items():
                 if not isinstance(value, str) and name != "optimizer_step":
                     self._writer.add_scalar(_tag(name), value, global_step=int(row["optimizer_step"]))
+
+    def _check_in_place(self) -> None:
+        opened = os.fstat(self._file.fileno())
+        try:
+            named = os.stat(self._path)
+        except FileNotFoundError:
+            named = None
+        if named is None or (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino):
+            raise RunStopped(
+                f"{self._path}: moved, replaced or removed while the run wrote it; put the run folder back "
+                "and start again: the run goes on from its last checkpoint"
+            )
 
     def close(self) -> None:
         """Close the files; safe to call twice."""

@@ -61,6 +61,13 @@ class RunFolder:
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
 
+    def latest_checkpoint(self) -> int | None:
+        """Return how many optimizer steps the latest whole checkpoint covers, None without one."""
+        numbers = (
+            path.name.removeprefix("checkpoint-") for path in self.checkpoints_dir.glob("checkpoint-*")
+        )
+        return max((int(number) for number in numbers if number.isdecimal()), default=None)
+
     @property
     def policy_dir(self) -> Path:
         return self.path / "policy"

@@ -41,5 +41,14 @@ class StackLock:
         if path.exists():
             StackLock.acquire(folder).release()
 
+    def is_in_place(self, folder: Path) -> bool:
+        """Say whether the lock file of ``folder`` is still the one held: false once the folder was moved."""
+        try:
+            named = os.stat(folder / LOCK_FILE)
+        except OSError:
+            return False
+        held = os.fstat(self._handle)
+        return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
     def release(self) -> None:
         os.close(self._handle)

@@ -97,9 +97,15 @@ class Ledger:
             elif handler is None:
                 self.faults.append(f"event {event.event_id}: unknown kind {event.kind!r}")
             else:
-                handler(self, event)
+                self._handle(handler, event)
             self.last_event_id = event.event_id
         return self
+
+    def _handle(self, handler: Callable[[Ledger, LogEvent], None], event: LogEvent) -> None:
+        try:
+            handler(self, event)
+        except (KeyError, ValueError, TypeError) as exc:
+            self.faults.append(f"event {event.event_id}: {event.kind} cannot be read ({exc!r})")
 
     def move(self, record_id: str, stage: Stage, event: LogEvent) -> RolloutHistory:
         """Put a rollout into ``stage``; a transition that must not happen becomes a fault."""
@@ -204,7 +210,13 @@ def _step_of(event: LogEvent) -> StepHistory:
 def _committed(ledger: Ledger, event: LogEvent) -> None:
     optimizer_step = event.number("optimizer_step")
     ledger.committed[optimizer_step] = event.fields["summary"]
-    for _, _, _, record_ids in ledger.steps[optimizer_step].packs:
+    step = ledger.steps.get(optimizer_step)
+    if step is None:
+        ledger.faults.append(
+            f"event {event.event_id}: optimizer step {optimizer_step} was committed and never claimed"
+        )
+        return
+    for _, _, _, record_ids in step.packs:
         for record_id in record_ids:
             ledger.move(record_id, "trained", event)
 

@@ -12,7 +12,7 @@ from broker_schemas.errors import DataError
 from configs import RunConfig, load_config
 from rollstream.datasets.scenes import make_scenes
 from rollstream.evaluation.evaluating import evaluate_run
-from rollstream.history.audit import render_audit
+from rollstream.history.audit_view import render_audit
 from rollstream.history.auditing import audit_run, keep_audit
 from rollstream.models.shipped import SHIPPED_MODEL
 from rollstream.run_folder import RunFolder

@@ -117,7 +117,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Prove that every rollout asked for is accounted for; the sums are kept as audit.json."""
-    from rollstream.history.audit import render_audit, render_sample, render_step
+    from rollstream.history.audit_view import render_audit, render_sample, render_step
     from rollstream.history.auditing import audit_run, keep_audit
 
     result = audit_run(run)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
+from broker_schemas.errors import DataError
 from broker_schemas.records.events import LogEvent
 from broker_schemas.records.ledger import UNDONE
 
@@ -31,7 +32,7 @@ class BrokerLoss:
 
     def covers(self, event_id: str) -> bool:
         """Say whether the event was undone."""
-        return _order(self.kept_upto) < _order(event_id) <= _order(self.lost_upto)
+        return event_order(self.kept_upto) < event_order(event_id) <= event_order(self.lost_upto)
 
 
 def find_loss(broker: Broker, cursor: str, noted: str) -> BrokerLoss | None:
@@ -40,7 +41,7 @@ def find_loss(broker: Broker, cursor: str, noted: str) -> BrokerLoss | None:
     ``noted`` is the cursor that the broker knows of. It trims no event beyond that one, so an archived event
     beyond it that is missing was lost. Raises BrokerError.
     """
-    if _order(cursor) <= _order(noted):
+    if event_order(cursor) <= event_order(noted):
         return None
     stream = broker.keys.named("events")
     with broker_errors("comparing the archive with the log"):
@@ -57,12 +58,18 @@ def noted_cursor(broker: Broker) -> str:
 
 
 def read_losses(folder: Path) -> list[BrokerLoss]:
-    """Return the losses noted beside an archive, oldest first; a torn last line is left out."""
+    """Return the losses noted beside an archive, oldest first, without a torn last line; raises DataError."""
     path = folder / LOSSES_FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [BrokerLoss(**json.loads(line)) for line in lines]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        losses = [BrokerLoss(**json.loads(line)) for line in lines]
+        for loss in losses:
+            loss.covers(NOTHING)
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise DataError(f"{path}: not a list of losses ({exc}); restore it from a copy") from exc
+    return losses
 
 
 def note_loss(folder: Path, loss: BrokerLoss) -> None:
@@ -80,6 +87,7 @@ def as_it_stands(event: LogEvent, losses: Sequence[BrokerLoss]) -> LogEvent:
     return LogEvent(event_id=event.event_id, kind=UNDONE + event.kind, fields=event.fields)
 
 
-def _order(event_id: str) -> tuple[int, int]:
+def event_order(event_id: str) -> tuple[int, int]:
+    """Return what events are ordered by; raises ValueError for what is no event id."""
     milliseconds, _, number = event_id.partition("-")
     return int(milliseconds), int(number or 0)

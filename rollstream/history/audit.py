@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from rich.console import Group, RenderableType
-from rich.table import Table
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
 from broker_schemas.records.events import LogEvent
 from broker_schemas.records.ledger import IN_FLIGHT, Ledger, RolloutHistory
-from rollstream.history.archive import last_archived, read_archived_events
-from rollstream.history.archive_loss import BrokerLoss, as_it_stands, find_loss, noted_cursor
+from rollstream.history.agreement import counter_faults
+from rollstream.history.archive_loss import BrokerLoss, as_it_stands, event_order, find_loss, noted_cursor
+from rollstream.history.archive_reading import ArchivedEvents, last_archived
 
 LENGTH_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -74,15 +72,40 @@ class Audit:
         }
 
 
+@dataclass
+class WholeLog:
+    """The whole log of a run: the archive, then what the broker has beyond it, up to ``upto`` if given.
+
+    ``faults`` of the archive fill while it is iterated.
+    """
+
+    archive: Path
+    broker: Broker | None
+    upto: str | None = None
+    faults: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[LogEvent]:
+        losses = [] if self.broker is None else _unnoted_losses(self.archive, self.broker)
+        archived = ArchivedEvents(self.archive)
+        for event in archived:
+            if self._is_beyond(event):
+                break
+            yield as_it_stands(event, losses)
+        self.faults += archived.faults
+        if self.broker is None:
+            return
+        for event in read_events(self.broker, after=archived.last_id):
+            if self._is_beyond(event):
+                return
+            yield event
+
+    def _is_beyond(self, event: LogEvent) -> bool:
+        return self.upto is not None and event_order(event.event_id) > event_order(self.upto)
+
+
 def all_events(archive: Path, broker: Broker | None) -> Iterator[LogEvent]:
     """Yield the whole log: the archive, then what the broker has beyond it."""
-    last = "-"
-    losses = [] if broker is None else _unnoted_losses(archive, broker)
-    for event in read_archived_events(archive):
-        last = event.event_id
-        yield as_it_stands(event, losses)
-    if broker is not None:
-        yield from read_events(broker, after=last)
+    return iter(WholeLog(archive, broker))
 
 
 def _unnoted_losses(archive: Path, broker: Broker) -> list[BrokerLoss]:
@@ -99,7 +122,7 @@ def take_audit(events: Iterator[LogEvent], *, counters: dict[str, int] | None = 
     stages = Counter(item.stage for item in rollouts)
     faults = list(ledger.faults)
     if counters is not None:
-        faults += _disagreements(ledger, counters)
+        faults += counter_faults(ledger, counters)
     steps = Counter(step.kind for step in ledger.steps.values())
     return Audit(
         asked=len(rollouts),
@@ -175,93 +198,3 @@ def age_bucket(item: RolloutHistory) -> str:
         if age_s <= limit:
             return f"<={limit}"
     return ">300"
-
-
-def _disagreements(ledger: Ledger, counters: dict[str, int]) -> list[str]:
-    trained = sum(item.stage == "trained" for item in ledger.rollouts.values())
-    dropped = sum(item.stage == "dropped" for item in ledger.rollouts.values())
-    rejected = sum(item.stage == "rejected" for item in ledger.rollouts.values())
-    expected = {
-        "trained_segments": (trained, counters.get("trained_segments", 0)),
-        "dropped": (dropped, sum(v for k, v in counters.items() if k.startswith("dropped:"))),
-        "rejected": (rejected, sum(v for k, v in counters.items() if k.startswith("rejected:"))),
-    }
-    return [
-        f"{name}: the log gives {from_log}, the broker counted {counted}"
-        for name, (from_log, counted) in expected.items()
-        if from_log != counted
-    ]
-
-
-def render_audit(audit: Audit) -> RenderableType:
-    """Return the balance as a table."""
-    table = Table(title="audit", show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("rollouts asked for", str(audit.asked))
-    table.add_row("  trained", str(audit.trained))
-    for reason, number in audit.dropped.items():
-        table.add_row(f"  dropped: {reason}", str(number))
-    for reason, number in audit.rejected.items():
-        table.add_row(f"  rejected: {reason}", str(number))
-    for stage, number in audit.in_flight.items():
-        if number:
-            table.add_row(f"  in flight: {stage}", str(number))
-    table.add_row("  not accounted for", str(audit.difference))
-    table.add_row("steps A / B", f"{audit.steps['A']} / {audit.steps['B']}")
-    table.add_row("B steps skipped due to the queue", str(audit.skipped))
-    table.add_row("duplicates refused / requests run again", f"{audit.duplicates_refused} / {audit.reissued}")
-    for name, buckets in audit.drops_by.items():
-        if buckets:
-            table.add_row(f"drops by {name}", ", ".join(f"{k}: {v}" for k, v in sorted(buckets.items())))
-    verdict = "[green]balanced[/green]" if audit.balanced else "[red]NOT balanced[/red]"
-    return Group(table, verdict, *_undone_lines(audit.undone), *audit.faults[:20])
-
-
-def _undone_lines(undone: Mapping[str, Any]) -> list[str]:
-    if not undone:
-        return []
-    steps = ", ".join(str(step) for step in undone["optimizer_steps"]) or "none"
-    return [
-        f"the broker crashed and lost {undone['events']} acknowledged events; optimizer steps among them: "
-        f"{steps}; rollouts claimed again by another step: {undone['trained_again']}. The sums are those of "
-        "the log as it went on; broker.durability 'always' loses nothing"
-    ]
-
-
-def render_step(audit: Audit, optimizer_step: int) -> RenderableType:
-    """Return which rollouts trained a step: rank, pack, id, version, age when claimed, sample."""
-    step = audit.ledger.steps.get(optimizer_step)
-    if step is None:
-        last = max(audit.ledger.steps, default=-1)
-        return f"optimizer step {optimizer_step} was never claimed; the last one is {last}"
-    committed = "committed" if optimizer_step in audit.ledger.committed else "not committed"
-    title = (
-        f"optimizer step {optimizer_step}: {step.kind} ({step.reason}), "
-        f"policy version {step.policy_version}, {committed}"
-    )
-    table = Table(title=title, title_justify="left")
-    for column in ("rank", "pack", "rollout", "version", "lag", "age s", "tokens", "sample"):
-        table.add_column(column)
-    for rank, pack_id, _, record_ids in step.packs:
-        for name in record_ids:
-            item = audit.ledger.rollouts[name]
-            age_s = (step.claimed_at_ms - item.pushed_at_ms) / 1000
-            lag = step.policy_version - item.policy_version
-            row = (rank, pack_id, name, item.policy_version, lag, f"{age_s:.1f}", item.encoded_length)
-            table.add_row(*(str(cell) for cell in row), item.sample_id)
-    return table
-
-
-def render_sample(audit: Audit, sample_id: str) -> RenderableType:
-    """Return what became of every rollout of a sample."""
-    table = Table(title=f"rollouts of {sample_id}", title_justify="left")
-    for column in ("rollout", "version", "stage", "reason", "step", "pack"):
-        table.add_column(column)
-    for item in audit.ledger.rollouts.values():
-        if item.sample_id == sample_id:
-            step = str(item.optimizer_step) if item.optimizer_step >= 0 else ""
-            table.add_row(
-                item.record_id, str(item.policy_version), item.stage, item.reason, step, item.pack_id
-            )
-    return table

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from broker_schemas.broker.broker import Broker
-from broker_schemas.broker.connection import BrokerAddress
-from broker_schemas.broker.status import read_status
-from broker_schemas.errors import BrokerError, ConfigError
-from rollstream.history.audit import Audit, all_events, take_audit
-from rollstream.run_folder import RunFolder
+from broker_schemas.broker.connection import BrokerAddress, broker_errors
+from broker_schemas.errors import BrokerError, ConfigError, DataError
+from rollstream.history.agreement import (
+    BrokerSums,
+    checkpoint_faults,
+    claim_faults,
+    payload_faults,
+    training_log_faults,
+)
+from rollstream.history.archive_loss import NOTHING
+from rollstream.history.archive_reading import PayloadIndex
+from rollstream.history.audit import Audit, WholeLog, take_audit
+from rollstream.run_folder import RunFolder, latest_steps, read_json_lines, read_json_map
 from rollstream.staged_folder import write_atomically
 
 
 def audit_run(path: Path) -> Audit:
-    """Return the audit of the run in ``path``; raises ConfigError where there is no log at all."""
+    """Return the audit of the run in ``path``: the log balanced, and compared with all that knows of it.
+
+    Raises ConfigError where there is no log at all, DataError for files that are another program's.
+    """
     folder = RunFolder.existing(path)
     broker = running_broker(folder)
     if broker is None and not folder.archive_dir.exists():
@@ -23,8 +35,35 @@ def audit_run(path: Path) -> Audit:
             f"run folder {path}: no archive and no running broker, so there is no log to audit; "
             "start the stack again, or keep archive.enabled on"
         )
-    counters = dict(read_status(broker, 1).counters) if broker is not None else None
-    return take_audit(all_events(folder.archive_dir, broker), counters=counters)
+    rows = latest_steps(read_json_lines(folder.train_log))  # first: what it has, the log has by then
+    sums = None if broker is None else read_sums(broker)
+    log = WholeLog(folder.archive_dir, broker, upto=None if sums is None else sums.last_event_id)
+    audit = take_audit(iter(log), counters=None if sums is None else dict(sums.counters))
+    faults = [*log.faults, *audit.faults]
+    if sums is not None:
+        faults += claim_faults(audit.ledger, sums.open_claims)
+    faults += training_log_faults(audit.ledger, rows)
+    faults += checkpoint_faults(audit.ledger, folder.latest_checkpoint())
+    if folder.archive_dir.exists():
+        payloads = PayloadIndex(folder.archive_dir)
+        faults += [*payloads.faults, *payload_faults(audit.ledger, payloads)]
+    return replace(audit, faults=faults)
+
+
+def read_sums(broker: Broker) -> BrokerSums:
+    """Return counters, open claims and the place in the log that they stand for; raises BrokerError."""
+    keys = broker.keys
+    with broker_errors("reading the run's sums"):
+        pipe = broker.client.pipeline(transaction=True)
+        pipe.hgetall(keys.named("counters"))
+        pipe.zrange(keys.named("claims"), 0, -1)
+        pipe.xrevrange(keys.named("events"), count=1)
+        counters, claims, last = pipe.execute()
+    return BrokerSums(
+        counters={name.decode(): int(value) for name, value in counters.items()},
+        open_claims=frozenset(int(step) for step in claims),
+        last_event_id=last[0][0].decode() if last else NOTHING,
+    )
 
 
 def keep_audit(path: Path, audit: Audit) -> None:
@@ -36,7 +75,11 @@ def running_broker(folder: RunFolder) -> Broker | None:
     """Return the broker of a running stack; None when it is down: the archive has the log then."""
     if not folder.broker.exists():
         return None
-    url = json.loads(folder.broker.read_text(encoding="utf-8"))["url"]
+    url = (read_json_map(folder.broker) or {}).get("url")
+    if not isinstance(url, str):
+        raise DataError(
+            f"{folder.broker}: names no url, expected the one of the run's broker; remove the file"
+        )
     try:
         return Broker.connect(folder.name, BrokerAddress(url=url, retries=0), socket_timeout_s=5)
     except BrokerError:

@@ -15,7 +15,7 @@ from broker_schemas.records.ledger import Ledger, StepHistory
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
 from consumers.packing import SelectionMethod, select_pack
-from rollstream.history.archive import PayloadIndex, read_archived_events
+from rollstream.history.archive_reading import PayloadIndex, read_archived_events
 
 
 @dataclass(frozen=True, kw_only=True)

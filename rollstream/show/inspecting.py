@@ -14,7 +14,7 @@ from broker_schemas.records.records import MatchedSegment, SegmentRecord
 from configs import RunConfig, load_config
 from consumers.record_matching import MatchedRollout, match_rollout
 from consumers.token_bytes import token_bytes_of
-from rollstream.history.archive import PayloadIndex
+from rollstream.history.archive_reading import PayloadIndex
 from rollstream.history.auditing import running_broker
 from rollstream.run_folder import RunFolder
 from rollstream.show.inspect_view import InspectedObject, Inspection, draw_inspection, render_inspection

@@ -48,6 +48,7 @@ from rollstream.wiring import access
 __all__ = ["StackOptions", "StackResult", "run_stack"]
 SIGNAL_BASE: Final = 128
 PORT_TRIES: Final = 3
+MOVED_STATUS: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def run_stack(
             config_path=config_path, overrides=overrides, learner_world_size=config.learner_world_size
         )
         write_targets(config)
-        return _LocalStack(config, folder, launch, role_command, options, restarts).run()
+        return _LocalStack(config, folder, lock, launch, role_command, options, restarts).run()
     finally:
         remove_targets(config)
         lock.release()
@@ -112,6 +113,7 @@ class _LocalStack:
         self,
         config: RunConfig,
         folder: RunFolder,
+        lock: StackLock,
         launch: LaunchSettings,
         role_command: RoleCommand,
         options: StackOptions,
@@ -120,6 +122,7 @@ class _LocalStack:
         self._restarts = restarts
         self._config = config
         self._folder = folder
+        self._lock = lock
         self._launch = launch
         self._role_command = role_command
         self._options = options
@@ -178,7 +181,9 @@ class _LocalStack:
         try:
             with view:
                 monitor.start()
-                result = supervisor.run(lambda: _stop_reason(signals))
+                result = supervisor.run(lambda: _stop_reason(signals) or self._moved_folder())
+                if not result.exit_status:  # it may have gone in the very last moment
+                    result = self._moved_folder() or result
                 if result.exit_status:
                     view.say("stopping the stack; Ctrl-C kills what is left of it")
                 supervisor.stop_roles()
@@ -190,6 +195,15 @@ class _LocalStack:
         finally:
             monitor.end()
             supervisor.kill()
+
+    def _moved_folder(self) -> StackResult | None:
+        if self._lock.is_in_place(self._folder.path):
+            return None
+        return StackResult(
+            exit_status=MOVED_STATUS,
+            reason=f"{self._folder.path}: the run folder was moved, replaced or removed while the stack ran; "
+            "put it back where it was, then the same command goes on with the run",
+        )
 
     def _address(self, broker: BrokerProcess | None) -> BrokerAddress:
         return BrokerAddress(url=broker.url) if broker is not None else access.broker_address(self._config)

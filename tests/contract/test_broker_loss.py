@@ -20,7 +20,8 @@ from broker_schemas.errors import BrokerError, RunStopped
 from rollstream.bench.queue_throughput import make_rollouts, push_match_and_pack
 from rollstream.history.archive import ArchiveWriter
 from rollstream.history.archive_loss import read_losses
-from rollstream.history.audit import Audit, all_events, render_audit, take_audit
+from rollstream.history.audit import Audit, all_events, take_audit
+from rollstream.history.audit_view import render_audit
 from rollstream.stack.embedded_redis import Durability, EmbeddedRedis
 from rollstream.stack.ports_in_use import free_loopback_port
 from tests.builders.rollouts import make_rollout

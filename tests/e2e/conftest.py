@@ -15,7 +15,7 @@ import pytest
 
 from broker_schemas.records.ledger import Ledger
 from rollstream.datasets.scenes import make_scenes
-from rollstream.history.archive import read_archived_events
+from rollstream.history.archive_reading import read_archived_events
 from rollstream.models.tiny_model import make_tiny_model
 from rollstream.run_folder import RunFolder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,6 +92,26 @@ def test_a_stack_ends_when_the_learner_is_done_and_the_archive_goes_last(tmp_pat
     assert sorted(path.name for path in stack.folder.logs_dir.iterdir()) == [
         f"{role}-0.log" for role in ("archive", "dispatcher", "learner", "matcher", "packer", "producer")
     ]
+
+
+@pytest.mark.req("Q-20")
+@pytest.mark.parametrize("how", ["renamed", "removed"])
+def test_a_run_folder_that_goes_while_the_stack_writes_is_no_success(
+    tmp_path: Path, how: str, children: list[subprocess.Popen[str]]
+) -> None:
+    stack = announcing(tmp_path, rank="serve")
+    children.append(stack.start())
+    stack.wait_for("up")
+    if how == "renamed":
+        stack.folder.path.rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(stack.folder.path)
+
+    said, _ = children[0].communicate(timeout=END_DEADLINE_S)
+
+    assert children[0].returncode == 3
+    assert "moved, replaced or removed" in json.loads(said)["reason"]
+    assert [pid for pid in stack.pids() if is_running(pid)] == []
 
 
 def test_numbers_of_the_command_line_reach_the_plan_and_every_process(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from broker_schemas.errors import RunStopped
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from learner.metrics import LearnerMetrics
 from learner.step_report import RankPart, join_parts, log_row
@@ -157,3 +158,18 @@ def test_counters_are_there_before_the_first_step() -> None:
     LearnerMetrics(registry)
     assert sample(registry, "rollstream_b_step_skipped_due_to_queue_total", reason="queue_short") == 0
     assert sample(registry, "rollstream_learner_steps_total", kind="B") == 0
+
+
+@pytest.mark.req("Q-20")
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_nothing_is_logged_into_a_file_that_is_no_longer_there(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with TrainingLog(folder / "train_log.jsonl") as log:
+        log.write({"optimizer_step": 0})
+        if how == "moved":
+            folder.rename(tmp_path / "elsewhere")
+        else:
+            (folder / "train_log.jsonl").unlink()
+
+        with pytest.raises(RunStopped, match="moved, replaced or removed"):
+            log.write({"optimizer_step": 1})
