@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,6 @@ class WholeLog:
         return self.upto is not None and event_order(event.event_id) > event_order(self.upto)
 
 
-def all_events(archive: Path, broker: Broker | None) -> Iterator[LogEvent]:
-    """Yield the whole log: the archive, then what the broker has beyond it."""
-    return iter(WholeLog(archive, broker))
-
-
 def _unnoted_losses(archive: Path, broker: Broker) -> list[BrokerLoss]:
     """Return what the broker lost since the archive last spoke to it."""
     noted = noted_cursor(broker)  # before the archive is read: it may go on meanwhile
@@ -115,7 +110,7 @@ def _unnoted_losses(archive: Path, broker: Broker) -> list[BrokerLoss]:
     return [] if loss is None else [loss]
 
 
-def take_audit(events: Iterator[LogEvent], *, counters: dict[str, int] | None = None) -> Audit:
+def take_audit(events: Iterable[LogEvent], *, counters: dict[str, int] | None = None) -> Audit:
     """Fold the log and sum it up; ``counters`` of the broker, where given, must agree with the log."""
     ledger = Ledger().apply(events)
     rollouts = [item for item in ledger.rollouts.values() if item.purpose != "evaluation"]

@@ -38,7 +38,7 @@ def audit_run(path: Path) -> Audit:
     rows = latest_steps(read_json_lines(folder.train_log))  # first: what it has, the log has by then
     sums = None if broker is None else read_sums(broker)
     log = WholeLog(folder.archive_dir, broker, upto=None if sums is None else sums.last_event_id)
-    audit = take_audit(iter(log), counters=None if sums is None else dict(sums.counters))
+    audit = take_audit(log, counters=None if sums is None else dict(sums.counters))
     faults = [*log.faults, *audit.faults]
     if sums is not None:
         faults += claim_faults(audit.ledger, sums.open_claims)

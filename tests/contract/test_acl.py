@@ -38,7 +38,7 @@ from rollstream.acl import GRANTS, ROLES, Role, acl_file, acl_rules, user_name
 from rollstream.commands.security import register
 from rollstream.history.archive import ArchiveWriter
 from rollstream.history.archive_loss import find_loss, noted_cursor
-from rollstream.history.audit import all_events, take_audit
+from rollstream.history.audit import WholeLog, take_audit
 from rollstream.history.gc import collect
 from rollstream.watch.exporter import ExporterSettings, RunCollector
 from tests.builders.configs import PROJECT_ROOT
@@ -206,7 +206,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     names = {family.name for family in RunCollector(brokers["exporter"], settings).collect()}
     assert "rollstream_broker_memory_bytes" in names
 
-    audit = take_audit(all_events(tmp_path / "archive", brokers["operator"]), counters=None)
+    audit = take_audit(WholeLog(tmp_path / "archive", brokers["operator"]), counters=None)
     assert audit.balanced, audit.faults
     assert brokers["operator"].client.config_get("appendfsync")
     assert collect(RUN, brokers["operator"]) > 0

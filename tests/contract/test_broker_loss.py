@@ -20,7 +20,7 @@ from broker_schemas.errors import BrokerError, RunStopped
 from rollstream.bench.queue_throughput import make_rollouts, push_match_and_pack
 from rollstream.history.archive import ArchiveWriter
 from rollstream.history.archive_loss import read_losses
-from rollstream.history.audit import Audit, all_events, take_audit
+from rollstream.history.audit import Audit, WholeLog, take_audit
 from rollstream.history.audit_view import render_audit
 from rollstream.stack.embedded_redis import Durability, EmbeddedRedis
 from rollstream.stack.ports_in_use import free_loopback_port
@@ -95,7 +95,7 @@ def drain(archive: ArchiveWriter) -> None:
 
 def audit_of(folder: Path, broker: Broker | None) -> Audit:
     counters = None if broker is None else dict(read_status(broker, 1).counters)
-    return take_audit(all_events(folder, broker), counters=counters)
+    return take_audit(WholeLog(folder, broker), counters=counters)
 
 
 @pytest.mark.req("Q-1", "Q-4")
