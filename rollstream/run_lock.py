@@ -44,7 +44,7 @@ class StackLock:
     def is_in_place(self, folder: Path) -> bool:
         """Say whether the lock file of ``folder`` is still the one held: false once the folder was moved."""
         try:
-            named = os.stat(folder / LOCK_FILE)
+            named = os.stat(RunFolder(folder).stack_lock)
         except OSError:
             return False
         held = os.fstat(self._handle)
