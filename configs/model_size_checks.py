@@ -65,13 +65,9 @@ def _not_there_yet(config: RunConfig) -> Iterator[Problem]:
         "lora": training.lora.rank is not None,
         "freeze": bool(training.freeze),
         "learning_rates": any(rate is not None for rate in training.learning_rates.__dict__.values()),
-        "activation_checkpointing": training.activation_checkpointing,
     }
     for name, is_wanted in wanted.items():
         if is_wanted:
             yield Problem(
                 message="is not there yet in this version; take the key out", paths=((*TRAINING, name),)
             )
-    if config.model.attention != "auto":
-        message = "is not there yet in this version; take the key out"
-        yield Problem(message=message, paths=(("model", "attention"),))

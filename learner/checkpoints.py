@@ -7,6 +7,7 @@ executes nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from broker_schemas.errors import RunStopped
+from learner.trained_weights import TrainedWeights
 from learner.whole_directory import copy_companions, keep_last, numbered_directories, whole_directory
 
 PREFIX: Final = "checkpoint-"
@@ -24,6 +26,7 @@ FORMAT: Final = 1
 _STATE_FILE: Final = "trainer_state.json"
 _OPTIMIZER_FILE: Final = "optimizer.safetensors"
 _RANDOM_FILE: Final = "random_state.safetensors"
+SHARD_SIZE: Final = "4GB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class TrainerState:
 def write_checkpoint(
     parent: Path,
     *,
-    model: Any,
+    trained: TrainedWeights,
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
     companions: Path,
@@ -60,8 +63,8 @@ def write_checkpoint(
     final = parent / f"{PREFIX}{state.optimizer_step}"
     with whole_directory(final) as staging:
         try:
-            save_model_folder(model, staging, companions)
-            save_file(optimizer_tensors(model, optimizer), staging / _OPTIMIZER_FILE)
+            save_model_folder(trained.model, staging, companions, tensors=trained.tensors())
+            save_file(optimizer_tensors(trained, optimizer), staging / _OPTIMIZER_FILE)
             save_file(_random_tensors(), staging / _RANDOM_FILE)
         except SafetensorError as exc:  # a full disk comes as the library's own error
             raise OSError(str(exc)) from exc
@@ -96,71 +99,111 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
         ) from exc
 
 
-def restore_checkpoint(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainerState:
+def restore_checkpoint(
+    checkpoint: Path, trained: TrainedWeights, optimizer: torch.optim.Optimizer
+) -> TrainerState:
     """Load weights, optimizer and random state into what is given; return the trainer state.
 
     Raises RunStopped naming the file and what does not fit.
     """
     state = read_trainer_state(checkpoint)
-    load_weights(checkpoint, model)
-    load_optimizer_tensors(_read_tensors(checkpoint / _OPTIMIZER_FILE), model, optimizer)
+    load_weights(checkpoint, trained)
+    load_optimizer_tensors(_read_tensors(checkpoint / _OPTIMIZER_FILE), trained, optimizer)
     random_state = _read_tensors(checkpoint / _RANDOM_FILE)
     torch.set_rng_state(random_state["cpu"])
     return state
 
 
-def save_model_folder(model: Any, folder: Path, companions: Path) -> None:
-    """Write weights, model config and the companion files of a Hugging Face folder into ``folder``."""
+def save_model_folder(
+    model: Any,
+    folder: Path,
+    companions: Path,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write weights, model config and the companion files of a Hugging Face folder into ``folder``.
+
+    ``tensors`` are the weights, None those of ``model``; ``dtype`` turns floating ones into that format.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    tensors = dict(model.state_dict() if tensors is None else tensors)
+    if dtype is not None:
+        tensors = _in_format(tensors, dtype)
+    # it empties the dictionary that it is given
+    model.save_pretrained(folder, state_dict=dict(tensors), max_shard_size=SHARD_SIZE)
+    _note_dtype(folder / "config.json", tensors)
     copy_companions(companions, folder)
 
 
-def load_weights(folder: Path, model: Any) -> None:
-    """Load the safetensors weights of a Hugging Face folder into ``model``, to the bit; raises RunStopped."""
+def load_weights(folder: Path, trained: TrainedWeights) -> None:
+    """Load the safetensors weights of a Hugging Face folder, to the bit; raises RunStopped."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise RunStopped(f"{folder}: no model*.safetensors, expected the weights of a checkpoint")
     tensors: dict[str, Tensor] = {}
     for path in files:
         tensors |= _read_tensors(path)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    model.tie_weights()
-    untied = set(missing) - set(getattr(model, "all_tied_weights_keys", None) or {})
-    if untied or unexpected:
+    missing, unexpected = trained.load(tensors)
+    if missing or unexpected:
         raise RunStopped(
-            f"{folder}: weights of another model, missing {sorted(untied)[:3]}, unexpected "
-            f"{list(unexpected)[:3]}; "
+            f"{folder}: weights of another model, missing {missing[:3]}, unexpected {unexpected[:3]}; "
             "give the model that the checkpoint was made with"
         )
 
 
-def optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(trained: TrainedWeights, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's tensors as ``<parameter name>/<entry>``, on the CPU; empty before its first
     step.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.parameters.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             # clone: AdamW's step counters may share storage, which safetensors refuses
             tensors[f"{name}/{entry}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
     return tensors
 
 
-def load_optimizer_tensors(tensors: dict[str, Tensor], model: Any, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer_tensors(
+    tensors: dict[str, Tensor], trained: TrainedWeights, optimizer: torch.optim.Optimizer
+) -> None:
     """Give ``optimizer`` the tensors of ``optimizer_tensors``; raises RunStopped for unknown parameters."""
-    by_name = dict(model.named_parameters())
+    # fused kernels keep their step counters beside the weights
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
-        if name not in by_name:
+        if name not in trained.parameters:
             raise RunStopped(
-                f"optimizer state of {name}: the model has no such parameter, expected the same model"
+                f"optimizer state of {name}: the model trains no such parameter, expected the same model"
             )
-        parameter = by_name[name]
-        device = torch.device("cpu") if entry == "step" else parameter.device
+        parameter = trained.parameters[name]
+        device = torch.device("cpu") if entry == "step" and not is_fused else parameter.device
         optimizer.state[parameter][entry] = value.to(device)
+
+
+def _in_format(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors in ``dtype``; what was one tensor under two names stays one."""
+    turned: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and tensor.data_ptr() not in turned:
+            turned[tensor.data_ptr()] = tensor.to(dtype)
+    return {
+        name: turned[tensor.data_ptr()] if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _note_dtype(config_file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Say in the folder's config which format its widest weights have."""
+    widest = max((t.dtype for t in tensors.values() if t.is_floating_point()), key=lambda d: d.itemsize)
+    name = str(widest).removeprefix("torch.")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    for section in (config, *(part for part in config.values() if isinstance(part, dict))):
+        if "dtype" in section:
+            section["dtype"] = name
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

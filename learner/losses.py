@@ -26,7 +26,8 @@ class LossSettings:
     bins. ``target_truncate``: bins from the target beyond which it is zero; None keeps all of it.
     ``temperature_coord``: divides coordinate logits. ``*_weight``: weight of each term of the slot loss.
     ``desc_ce_weight``: weight of ``desc`` tokens in the mean cross-entropy (channel A; channel B masks
-    them).
+    them). ``chunk_positions``: supervised positions whose logits exist at a time, 0 for all of a row; read
+    by ``chunked_losses`` [L-4].
     """
 
     coord_ids: tuple[int, ...]
@@ -37,6 +38,7 @@ class LossSettings:
     w1_weight: float = 1.0
     gate_weight: float = 1.0
     desc_ce_weight: float = 1.0
+    chunk_positions: int = 0
 
     def __post_init__(self) -> None:
         if len(self.coord_ids) != NUM_BINS or len(set(self.coord_ids)) != NUM_BINS or min(self.coord_ids) < 0:
@@ -99,29 +101,53 @@ def supervised_losses(logits: Tensor, supervision: RowSupervision, settings: Los
 
     Formulas: ROLLOUT_MATCHING section 8. Errors as ``segment_losses``.
     """
+    terms = position_terms(logits, supervision, settings)
+    return reduce_terms(terms, supervision, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionTerms:
+    """Loss terms of C cross-entropy tokens, ``ce`` (C,), and S slots, ``soft_ce``, ``w1``, ``gate`` (S,)."""
+
+    ce: Tensor
+    soft_ce: Tensor
+    w1: Tensor
+    gate: Tensor
+
+
+def position_terms(logits: Tensor, supervision: RowSupervision, settings: LossSettings) -> PositionTerms:
+    """Return the term of every supervised token of ``supervision``; raises DataError for coordinate ids
+    outside the logits.
+    """
     if max(settings.coord_ids) >= logits.shape[1]:
         raise DataError(
             f"losses: got coordinate id {max(settings.coord_ids)}, expected below the logits width "
             f"{logits.shape[1]}; resize the model's embeddings"
         )
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    num_segments = supervision.num_segments
-    ce, ce_weights = _cross_entropy(logits, supervision, settings, dtype)
+    chosen = logits[supervision.ce_rows].to(dtype)
+    ce = torch.nn.functional.cross_entropy(chosen, supervision.ce_labels, reduction="none")
     soft_ce, w1, gate = _slot_terms(logits, supervision, settings, dtype)
-    slots = settings.soft_ce_weight * soft_ce + settings.w1_weight * w1 + settings.gate_weight * gate
+    return PositionTerms(ce=ce, soft_ce=soft_ce, w1=w1, gate=gate)
 
+
+def reduce_terms(terms: PositionTerms, supervision: RowSupervision, settings: LossSettings) -> SegmentLosses:
+    """Return the losses of the row's segments from its terms; raises NonFiniteLoss naming the segments."""
+    num_segments, dtype = supervision.num_segments, terms.ce.dtype
+    ce_weights = cross_entropy_weights(supervision, settings, dtype)
+    slots = slot_losses(terms, settings)
     in_prefix = supervision.slot_in_prefix.to(dtype)
     slot_segment = supervision.slot_segment
-    ce_mean = _segment_mean(ce * ce_weights, supervision.ce_segment, num_segments, ce_weights)
+    ce_mean = _segment_mean(terms.ce * ce_weights, supervision.ce_segment, num_segments, ce_weights)
     slot_mean = _segment_mean(slots, slot_segment, num_segments)
     losses = SegmentLosses(
         record_ids=supervision.record_ids,
         total=ce_mean + slot_mean,
         ce=ce_mean,
         slot=slot_mean,
-        soft_ce=_segment_mean(soft_ce, slot_segment, num_segments),
-        w1=_segment_mean(w1, slot_segment, num_segments),
-        gate=_segment_mean(gate, slot_segment, num_segments),
+        soft_ce=_segment_mean(terms.soft_ce, slot_segment, num_segments),
+        w1=_segment_mean(terms.w1, slot_segment, num_segments),
+        gate=_segment_mean(terms.gate, slot_segment, num_segments),
         slot_prefix=_segment_sum(slots.detach() * in_prefix, slot_segment, num_segments),
         slot_tail=_segment_sum(slots.detach() * (1 - in_prefix), slot_segment, num_segments),
         num_prefix_slots=_segment_sum(in_prefix, slot_segment, num_segments),
@@ -129,6 +155,33 @@ def supervised_losses(logits: Tensor, supervision: RowSupervision, settings: Los
     )
     _check_finite(losses)
     return losses
+
+
+def slot_losses(terms: PositionTerms, settings: LossSettings) -> Tensor:
+    """Return the weighted loss of each slot (S,)."""
+    return (
+        settings.soft_ce_weight * terms.soft_ce
+        + settings.w1_weight * terms.w1
+        + settings.gate_weight * terms.gate
+    )
+
+
+def cross_entropy_weights(supervision: RowSupervision, settings: LossSettings, dtype: torch.dtype) -> Tensor:
+    """Return the weight (C,) of each cross-entropy token in its segment's mean."""
+    return torch.where(supervision.ce_is_desc, settings.desc_ce_weight, 1.0).to(dtype)
+
+
+def shares_of_total(
+    supervision: RowSupervision, settings: LossSettings, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return by how much the sum of all segments' losses grows with each ``ce`` (C,) and each slot (S,)."""
+    num_segments = supervision.num_segments
+    weights = cross_entropy_weights(supervision, settings, dtype)
+    total_weight = _segment_sum(weights, supervision.ce_segment, num_segments)
+    ones = torch.ones_like(supervision.slot_segment, dtype=dtype)
+    num_slots = _segment_sum(ones, supervision.slot_segment, num_segments)
+    ce_shares = weights / total_weight.masked_fill(total_weight == 0, 1)[supervision.ce_segment]
+    return ce_shares, ones / num_slots[supervision.slot_segment]
 
 
 def soft_targets(target_bins: Tensor, settings: LossSettings, dtype: torch.dtype) -> Tensor:
@@ -139,15 +192,6 @@ def soft_targets(target_bins: Tensor, settings: LossSettings, dtype: torch.dtype
     if settings.target_truncate is not None:
         exponent = exponent.masked_fill(distance.abs() > settings.target_truncate, -torch.inf)
     return torch.softmax(exponent, dim=1)
-
-
-def _cross_entropy(
-    logits: Tensor, supervision: RowSupervision, settings: LossSettings, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    chosen = logits[supervision.ce_rows].to(dtype)
-    ce = torch.nn.functional.cross_entropy(chosen, supervision.ce_labels, reduction="none")
-    weights = torch.where(supervision.ce_is_desc, settings.desc_ce_weight, 1.0).to(dtype)
-    return ce, weights
 
 
 def _slot_terms(

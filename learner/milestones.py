@@ -20,6 +20,7 @@ from learner.settings import LearnerSettings
 from learner.step_report import LogRow
 from learner.step_rows import RowSources
 from learner.stop_request import StopRequest
+from learner.trained_weights import TrainedWeights
 from learner.training_log import TrainingLog
 
 LOG = logging.getLogger("rollstream.learner")
@@ -52,13 +53,17 @@ class Milestones:
     """Every method is called by all ranks, in the same order."""
 
     def __init__(
-        self, parts: LearnerParts, settings: LearnerSettings, model: Any, optimizer: torch.optim.Optimizer
+        self,
+        parts: LearnerParts,
+        settings: LearnerSettings,
+        trained: TrainedWeights,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         self._parts = parts
         self._settings = settings
         self._ranks = parts.ranks
         self._broker = parts.sources.broker
-        self._model = model
+        self._trained = trained
         self._optimizer = optimizer
         self._covered_step = -1
 
@@ -72,7 +77,7 @@ class Milestones:
         if name is None:
             return TrainerState(optimizer_step=0)
         path = self._settings.checkpoints_dir / name
-        state = checkpoints.restore_checkpoint(path, self._model, self._optimizer)
+        state = checkpoints.restore_checkpoint(path, self._trained, self._optimizer)
         self._covered_step = state.optimizer_step
         if self._ranks.is_first:
             # a kill between writing a checkpoint and settling it left the claims open
@@ -96,10 +101,11 @@ class Milestones:
         if self._ranks.is_first:
             path = weights.publish_weights(
                 settings.policy_dir,
-                model=self._model,
+                trained=self._trained,
                 policy_version=policy_version,
                 companions=settings.companions,
                 num_kept=settings.num_policies_kept,
+                dtype=settings.publication_dtype,
             )
             if self._parts.sync_servers is not None:
                 self._parts.sync_servers(policy_version, str(path))
@@ -119,8 +125,8 @@ class Milestones:
             return state, None
         results: dict[str, float] = {}
         if self._ranks.is_first and self._parts.evaluate is not None:
-            results = self._parts.evaluate(self._model, done)
-            self._model.train()
+            results = self._parts.evaluate(self._trained.model, done)
+            self._trained.model.train()
             if self._parts.evaluation_log is not None:
                 self._parts.evaluation_log.write({"optimizer_step": done - 1, **results})
         what = f"evaluation after optimizer step {done - 1}"
@@ -146,7 +152,7 @@ class Milestones:
         if self._ranks.is_first:
             checkpoints.write_checkpoint(
                 self._settings.checkpoints_dir,
-                model=self._model,
+                trained=self._trained,
                 optimizer=self._optimizer,
                 state=state,
                 companions=self._settings.companions,

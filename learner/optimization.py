@@ -73,6 +73,8 @@ def build_optimizer(
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
+        # on the CPU the fused kernel rounds elements at the end of a tensor in another way
+        fused=all(parameter.device.type == "cuda" for parameter in trainable),
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
     )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from learner.losses import LossSettings
 from learner.optimization import OptimizationSettings
+from learner.trained_weights import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class LearnerSettings:
     packs. ``row_capacity_tokens``: the packing length. ``save_every_steps``, ``eval_every_steps``:
     optimizer steps, 0 only at the end and never. ``evaluation_timeout_s``: how long the other ranks wait
     for rank 0's evaluation; ``publication_timeout_s`` for its publication, None ``stall_timeout_s``.
+    ``publication_dtype``: format of published weights, None as the model computes.
     """
 
     checkpoints_dir: Path
@@ -50,4 +54,7 @@ class LearnerSettings:
     stall_timeout_s: float = 300.0
     evaluation_timeout_s: float = 3600.0
     publication_timeout_s: float | None = None
+    precision: Precision = "float32"
+    publication_dtype: torch.dtype | None = None
+    is_checkpointing_activations: bool = False
     early_stop: EarlyStopSettings = EarlyStopSettings()

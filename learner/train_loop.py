@@ -22,6 +22,7 @@ from learner.step_decision import decide_step, scheduled_kind
 from learner.step_report import RankPart, join_parts, log_row
 from learner.step_rows import RowLoader
 from learner.train_step import StepUpdate, run_micro_steps, update_weights
+from learner.trained_weights import TrainedWeights
 
 __all__ = ["LearnerOutcome", "LearnerParts", "run_learner"]
 
@@ -61,9 +62,11 @@ class _Loop:
         self._settings = settings
         self._ranks = parts.ranks
         self._model = parts.model.to(parts.ranks.device).train()
-        self._optimizer = build_optimizer(self._model.named_parameters(), settings.optimization)
-        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
-        self._milestones = Milestones(parts, settings, self._model, self._optimizer)
+        if settings.is_checkpointing_activations:
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._trained = TrainedWeights(self._model, settings.precision)
+        self._optimizer = build_optimizer(self._trained.parameters.items(), settings.optimization)
+        self._milestones = Milestones(parts, settings, self._trained, self._optimizer)
         self._state = TrainerState(optimizer_step=0)
         self._rows = RowLoader(
             parts.sources,
@@ -155,7 +158,7 @@ class _Loop:
         optimization = self._settings.optimization
         set_learning_rate(self._optimizer, learning_rate_at(optimizer_step, optimization))
         return update_weights(
-            self._parameters, self._optimizer, self._ranks, max_grad_norm=optimization.max_grad_norm
+            self._trained, self._optimizer, self._ranks, max_grad_norm=optimization.max_grad_norm
         )
 
     def _load_ahead(self, optimizer_step: int) -> None:

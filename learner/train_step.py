@@ -14,8 +14,9 @@ import torch
 
 from learner.collation import PackedRow
 from learner.distributed import Ranks
-from learner.losses import LossSettings, SegmentLosses, supervised_losses
-from learner.packed_forward import forward_row
+from learner.losses import LossSettings, SegmentLosses
+from learner.packed_forward import RowLoss
+from learner.trained_weights import TrainedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +79,30 @@ def run_micro_steps(
     ``num_segments_in_step`` counts the segments of all ranks. No rows: no gradient, zero sums.
     Raises NonFiniteLoss naming the segment.
     """
-    sums = LossSums()
+    sums, row_loss = LossSums(), RowLoss(model)
     for row in rows:
         on_device = row.to(device)
-        losses = supervised_losses(forward_row(model, on_device), on_device.supervision, loss_settings)
-        torch.autograd.backward(losses.total.sum() / num_segments_in_step)
+        total, losses = row_loss(on_device, loss_settings)
+        torch.autograd.backward(total / num_segments_in_step)
         sums = sums + _sums_of(losses, row.num_tokens)
     return sums
 
 
 def update_weights(
-    parameters: list[torch.nn.Parameter],
+    trained: TrainedWeights,
     optimizer: torch.optim.Optimizer,
     ranks: Ranks,
     *,
     max_grad_norm: float,
 ) -> StepUpdate:
     """Sum gradients over the ranks, clip them, take the optimizer's step and clear them."""
+    parameters = list(trained.parameters.values())
     ranks.sum_gradients(parameters)
     limit = max_grad_norm if max_grad_norm > 0 else float("inf")
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    trained.after_update()
     return StepUpdate(grad_norm=float(norm), learning_rate=float(optimizer.param_groups[0]["lr"]))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+import torch
 from safetensors import SafetensorError
 
 from learner.checkpoints import save_model_folder
+from learner.trained_weights import TrainedWeights
 from learner.whole_directory import keep_last, whole_directory
 
 PREFIX: Final = "v"
@@ -28,16 +30,24 @@ def is_publication_due(num_steps_done: int, sync_every_steps: int) -> bool:
 
 
 def publish_weights(
-    parent: Path, *, model: Any, policy_version: int, companions: Path, num_kept: int
+    parent: Path,
+    *,
+    trained: TrainedWeights,
+    policy_version: int,
+    companions: Path,
+    num_kept: int,
+    dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write ``v<policy_version>`` whole, then drop all but the ``num_kept`` highest; return its path.
+    """Write ``v<policy_version>`` whole in ``dtype`` (None: as the model computes); return its path.
+
+    All but the ``num_kept`` highest are dropped.
 
     Called on rank 0 alone, between two barriers. Raises RunStopped when the disk refuses.
     """
     final = parent / f"{PREFIX}{policy_version}"
     with whole_directory(final) as staging:
         try:
-            save_model_folder(model, staging, companions)
+            save_model_folder(trained.model, staging, companions, dtype=dtype)
         except SafetensorError as exc:
             raise OSError(str(exc)) from exc
     keep_last(parent, PREFIX, num_kept)

@@ -145,6 +145,25 @@ def examine_gpus(config: RunConfig) -> Iterator[Finding]:
     yield judge_gpus(config, _num_gpus())
 
 
+def examine_attention(config: RunConfig) -> Iterator[Finding]:
+    """Say which attention the learner's packed rows will run, and why."""
+    import torch
+
+    from learner.attention import choose_attention
+
+    gpus = config.devices.learner_gpus
+    if gpus and _num_gpus() <= max(gpus):
+        return  # the GPUs' own check says so
+    device = torch.device(f"cuda:{gpus[0]}") if gpus else torch.device("cpu")
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    try:
+        choice = choose_attention(config.model.attention, device, dtype)
+    except ConfigError as exc:
+        yield fail("attention", str(exc), "set model.attention: auto")
+        return
+    yield ok("attention", f"{choice.kernel}: {choice.why}")
+
+
 def judge_gpus(config: RunConfig, num_present: int) -> Finding:
     """Compare the GPUs that are named with the number of those that are there."""
     rollout, learner = config.devices.rollout_gpus, config.devices.learner_gpus
@@ -220,5 +239,6 @@ CHECKS: Final[tuple[Callable[[RunConfig], Sequence[Finding] | Iterator[Finding]]
     examine_disk,
     examine_ports,
     examine_gpus,
+    examine_attention,
     examine_servers,
 )

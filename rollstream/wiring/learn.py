@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import load_policy
 from broker_schemas.method.prompt import PromptBuilder
 from configs import RunConfig
-from learner.attention import attention_implementation
+from learner.attention import choose_attention, use_attention
 from learner.augmentation import AugmentationSettings
 from learner.channel_a import ChannelASettings, ChannelASource
 from learner.collation import CollationSettings
@@ -41,6 +42,7 @@ from learner.training_log import TrainingLog
 from rollstream.wiring import access
 from rollstream.wiring.vllm import server_sync
 
+LOG = logging.getLogger("rollstream.learner")
 # of the deadline: two tries (connecting, answering) fit between the end of a rank's patience and the deadline
 TRY_SHARE: Final = 0.05
 
@@ -57,6 +59,7 @@ def loss_settings(config: RunConfig, prompts: PromptBuilder) -> LossSettings:
         w1_weight=method.w1_weight,
         gate_weight=method.gate_weight,
         desc_ce_weight=config.stage2_ab.desc_ce_weight,
+        chunk_positions=config.training.loss_chunk_positions,
     )
 
 
@@ -73,6 +76,7 @@ def optimization_settings(config: RunConfig) -> OptimizationSettings:
         schedule=training.lr_scheduler,
         max_steps=training.max_steps,
         max_grad_norm=training.max_grad_norm,
+        smallest_fraction=training.min_learning_rate / training.learning_rate,
     )
 
 
@@ -97,6 +101,10 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         is_policy_published=config.b_ratio > 0,
         stall_timeout_s=config.stage2_async.stall_timeout_s,
         publication_timeout_s=publication_timeout_s(config),
+        num_checkpoints_kept=training.num_checkpoints_kept,
+        precision=config.precision,
+        publication_dtype=getattr(torch, config.rollout_dtype),
+        is_checkpointing_activations=training.activation_checkpointing,
         early_stop=EarlyStopSettings(target_f1=stop.target, patience=stop.patience),
     )
 
@@ -246,11 +254,11 @@ def build_parts(
     folder = access.model_dir(config)
     prompts = access.prompt_builder(config, folder)
     images = access.image_processor(config, folder, config.data.train_jsonl)
-    model = load_policy(
-        folder,
-        config.rollout_dtype,
-        attn_implementation=attention_implementation(ranks.device, getattr(torch, config.rollout_dtype)),
-    )
+    compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    choice = choose_attention(config.model.attention, ranks.device, compute_dtype)
+    LOG.info("attention of packed rows: %s (%s)", choice.kernel, choice.why)
+    model = load_policy(folder, "float32")
+    use_attention(model, choice)
     settings = learner_settings(config, prompts)
     run, first = access.run_folder(config), ranks.is_first
     parts = LearnerParts(

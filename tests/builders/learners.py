@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from broker_schemas.records.records import Channel, ImageReference, MatchedSegment
-from learner.collation import CollationSettings, SegmentPixels
+from learner.collation import CollationSettings, PackedRow, SegmentPixels
+from learner.packed_forward import hidden_row
 
 IMAGE_TOKEN_ID = 100
 VISION_START_ID, VISION_END_ID = 102, 103
@@ -132,3 +133,8 @@ def make_pixels(segment: MatchedSegment, *, dtype: torch.dtype = torch.float32) 
     generator = torch.Generator().manual_seed(sum(segment.record_id.encode()))
     patches = torch.randn(int(grids.prod(1).sum()), PATCH_VALUES, generator=generator, dtype=torch.float64)
     return SegmentPixels(patches=patches.to(dtype), grids_thw=grids)
+
+
+def forward_row(model: Any, row: PackedRow) -> torch.Tensor:
+    """Return the logits (P, V) of the row's kept positions."""
+    return torch.as_tensor(model.get_output_embeddings()(hidden_row(model, row)))

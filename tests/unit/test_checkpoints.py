@@ -19,6 +19,7 @@ from learner.checkpoints import (
     write_checkpoint,
 )
 from learner.optimization import OptimizationSettings, build_optimizer
+from learner.trained_weights import TrainedWeights
 from learner.weights import is_publication_due, policy_version_at, publish_weights
 from tests.builders.learners import tiny_model
 
@@ -36,8 +37,8 @@ def companions(tmp_path: Path) -> Path:
     return folder
 
 
-def trained(seed: int = 0, num_steps: int = 2) -> tuple[Any, torch.optim.AdamW]:
-    """Return a model and its optimizer after some steps of made-up gradients."""
+def trained(seed: int = 0, num_steps: int = 2) -> tuple[TrainedWeights, torch.optim.AdamW]:
+    """Return a model's weights and its optimizer after some steps of made-up gradients."""
     model = tiny_model(seed=seed)
     optimizer = build_optimizer(model.named_parameters(), OptimizationSettings(weight_decay=0.1))
     generator = torch.Generator().manual_seed(seed)
@@ -45,14 +46,14 @@ def trained(seed: int = 0, num_steps: int = 2) -> tuple[Any, torch.optim.AdamW]:
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-    return model, optimizer
+    return TrainedWeights(model), optimizer
 
 
 def write(parent: Path, companions: Path, optimizer_step: int = 7, num_kept: int = 2, seed: int = 0) -> Path:
     model, optimizer = trained(seed)
     return write_checkpoint(
         parent,
-        model=model,
+        trained=model,
         optimizer=optimizer,
         state=TrainerState(optimizer_step=optimizer_step, best_f1=0.25, totals={"steps": 7.0}),
         companions=companions,
@@ -61,8 +62,8 @@ def write(parent: Path, companions: Path, optimizer_step: int = 7, num_kept: int
 
 
 def equal_weights(first: Any, second: Any) -> bool:
-    other = second.state_dict()
-    return all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
+    other = second.tensors()
+    return all(torch.equal(value, other[name]) for name, value in first.tensors().items())
 
 
 def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, companions: Path) -> None:
@@ -75,7 +76,7 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, compani
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     pairs = ((model, optimizer), (other, other_optimizer))
     for generator, (stepped, its_optimizer) in zip(generators, pairs, strict=True):
-        for parameter in stepped.parameters():
+        for parameter in stepped.model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         its_optimizer.step()
     assert equal_weights(model, other)
@@ -98,7 +99,7 @@ def test_it_is_a_hugging_face_folder_with_the_companions_of_the_model(
 
     path = write(tmp_path / "run", companions)
     loaded = Qwen3VLForConditionalGeneration.from_pretrained(path)
-    assert equal_weights(loaded, trained()[0])
+    assert equal_weights(TrainedWeights(loaded), trained()[0])
     assert json.loads((path / "tokenizer.json").read_text(encoding="utf-8")) == {"a": 1}
     assert (path / "preprocessor_config.json").is_file()
     assert json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_vl"
@@ -179,7 +180,7 @@ def test_a_broken_file_is_named(tmp_path: Path, companions: Path) -> None:
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, companions: Path) -> None:
     path = write(tmp_path / "run", companions)
     model, optimizer = trained()
-    del model.model.visual.merger
+    del model.model.model.visual.merger
     with pytest.raises(RunStopped, match="weights of another model"):
         restore_checkpoint(path, model, optimizer)
 
@@ -194,11 +195,11 @@ def test_the_policy_version_is_a_function_of_the_step() -> None:
 def test_published_policies_are_whole_folders_and_the_last_ones_stay(
     tmp_path: Path, companions: Path
 ) -> None:
-    model, _ = trained()
+    weights, _ = trained()
     for policy_version in range(3):
         path = publish_weights(
             tmp_path / "policy",
-            model=model,
+            trained=weights,
             policy_version=policy_version,
             companions=companions,
             num_kept=2,

@@ -9,8 +9,8 @@ import torch
 
 from broker_schemas.records.records import MatchedSegment
 from learner.collation import PackedRow, collate_row
-from learner.packed_forward import forward_row, position_rule_of
-from tests.builders.learners import COLLATION, make_pixels, make_segment, tiny_model
+from learner.packed_forward import position_rule_of
+from tests.builders.learners import COLLATION, forward_row, make_pixels, make_segment, tiny_model
 
 torch.set_num_threads(1)
 GRIDS = [(1, 4, 4), (1, 2, 6), None, (1, 8, 2)]
