@@ -13,11 +13,12 @@ WARM_RUN := runs/warm-start-scenes
 WARM_CONFIG := configs/warm_start/scenes.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm check up down bench requirements assets clean
+.PHONY: help demo test test-fast test-vllm check up down bench requirements assets clean
 
 help:
 	@echo "make demo            the main job, from nothing to a report (ARGS='--steps 48')"
 	@echo "make test            all tests (ARGS='-k packing')"
+	@echo "make test-fast       the unit tests alone"
 	@echo "make test-vllm       the tests on real vLLM servers; installs them apart (about 6 GB)"
 	@echo "make check           formatter, linter, types, house rules"
 	@echo "make up              the whole stack in containers, dashboards at http://localhost:3000 (CONFIG=…)"
@@ -43,6 +44,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q $(ARGS)
+
+test-fast: $(STAMP)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q tests/unit $(ARGS)
 
 test-vllm: $(STAMP)
 	@bash scripts/install_vllm.sh

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +82,14 @@ def broker(request: pytest.FixtureRequest, run_name: str) -> Iterator[Broker]:
     fake.make_groups()
     yield fake
     fake.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how long each group of tests took, set-up and tear-down included."""
+    seconds: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+    for group, duration in sorted(seconds.items()):
+        terminalreporter.write_line(f"{group}: {duration:.0f} s")

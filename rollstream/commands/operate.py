@@ -46,13 +46,15 @@ def export(
 
 
 def dashboards(
+    context: typer.Context,
     root: Annotated[Path, typer.Argument(help="the project's root")] = Path(),
     check: Annotated[bool, typer.Option(help="write nothing; exit status 1 when a file is old")] = False,
 ) -> None:
-    """Write the Grafana dashboards and docs/METRICS.md from the code."""
-    from rollstream.watch.dashboards import outdated_files, write_generated
+    """Write what comes from code: dashboards, and the pages of metrics, keys, commands and library names."""
+    from rollstream.commands.pages import outdated_files, write_generated
 
-    found = outdated_files(root) if check else write_generated(root)
+    program = context.find_root().command
+    found = (outdated_files if check else write_generated)(program, root)
     console = Console(soft_wrap=True, highlight=False)
     for path in found:
         console.print(f"{'old' if check else 'wrote'} {path}", markup=False)

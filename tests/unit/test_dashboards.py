@@ -12,9 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer.main
 import yaml
 
-from rollstream.watch.dashboards import generated_files, write_generated
+from rollstream.commands.pages import generated_files, outdated_files, write_generated
+from rollstream.commands.program import app
 from rollstream.watch.dashboards.files import DASHBOARDS, dashboard_files
 from rollstream.watch.metrics_table import declared_metrics
 from tests.prometheus_queries import (
@@ -32,6 +34,10 @@ PROMETHEUS = ROOT / "grafana" / "prometheus"
 KNOWN_TO_GRAFANA_ALONE = ["/annotations/list/0/titleFormat"]
 MISSING = object()
 PROVIDED_BY_PROMETHEUS = {"up", "ALERTS"}
+
+
+PROGRAM = typer.main.get_command(app)
+GENERATED = generated_files(PROGRAM)
 
 
 def series_names() -> frozenset[str]:
@@ -58,9 +64,9 @@ def promtool() -> str:
 
 
 @pytest.mark.req("O-4")
-@pytest.mark.parametrize("path", sorted(generated_files()), ids=str)
+@pytest.mark.parametrize("path", sorted(GENERATED), ids=str)
 def test_the_files_are_what_the_code_writes(path: Path) -> None:
-    assert (ROOT / path).read_text(encoding="utf-8") == generated_files()[path], (
+    assert (ROOT / path).read_text(encoding="utf-8") == GENERATED[path], (
         f"{path} is old: run 'rollstream dashboards'"
     )
 
@@ -102,8 +108,8 @@ def lost_fields(written: object, back: object, path: str = "") -> Iterator[str]:
 
 
 def test_writing_twice_writes_once(tmp_path: Path) -> None:
-    assert set(write_generated(tmp_path)) == set(generated_files())
-    assert write_generated(tmp_path) == []
+    assert set(write_generated(PROGRAM, tmp_path)) == set(GENERATED)
+    assert outdated_files(PROGRAM, tmp_path) == []
 
 
 @pytest.mark.req("O-4")

@@ -57,6 +57,10 @@ def uses() -> dict[str, set[str]]:
             found[name] |= used_names(node)
             if starts:
                 found[""].add(name)
+        for node in file.nodes:
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    found[alias.asname or alias.name].add(alias.name)
         for node in file.tree.body:
             if node not in defined.values() and not isinstance(node, ast.Import | ast.ImportFrom):
                 found[""] |= used_names(node)
