@@ -11,7 +11,7 @@ from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.broker.payloads import fetch_segments
 from broker_schemas.broker.policy import read_policy
-from broker_schemas.errors import BrokerFull, DeadlinePassed
+from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
 from broker_schemas.records.codec import MAX_RECORD_BYTES
 from broker_schemas.records.packs import ReadyPack
 from broker_schemas.records.records import MatchedSegment, SegmentRecord
@@ -39,7 +39,8 @@ class SegmentSink:
     def push(self, records: Sequence[SegmentRecord]) -> list[PushStatus]:
         """Push ``records`` in one transition and return a status for each, in order.
 
-        Raises BrokerFull, with nothing pushed, when they do not fit the byte budget.
+        Raises BrokerFull, with nothing pushed, when they do not fit the byte budget; BrokerUnavailable when
+        the broker let go of a body before it was admitted: push again.
         """
         if not records:
             return []
@@ -50,15 +51,30 @@ class SegmentSink:
             settings.max_record_bytes,
             len(records),
         ]
-        for record in records:
-            arguments += [segment_line(record), record.encode_body()]
-        reply = self._broker.run("push_segments", ["segments", "seen:now", "seen:before"], arguments)
+        bodies: dict[str, bytes] = {}
+        for record in records:  # of one id, the first counts: its body must not be replaced by a later one
+            key = self._broker.keys.raw(record.record_id)
+            if key not in bodies:
+                bodies[key] = record.encode_body()
+        arguments += [segment_line(record) for record in records]
+        reply = self._broker.run(
+            "push_segments",
+            ["segments", "seen:now", "seen:before"],
+            arguments,
+            bodies=list(bodies.items()),
+        )
         if isinstance(reply, list):
             raise BrokerFull(
                 f"pushing {len(records)} rollouts: got {reply[1]} bytes in use of {settings.max_bytes}, "
                 "expected room; wait for the learner, or raise broker.max_bytes"
             )
-        return cast("list[PushStatus]", reply.decode().split())
+        statuses = reply.decode().split()
+        if "no_body" in statuses:
+            raise BrokerUnavailable(
+                f"pushing {len(records)} rollouts: {statuses.count('no_body')} bodies were gone before they "
+                "were admitted; push again, what was admitted is a duplicate then"
+            )
+        return cast("list[PushStatus]", statuses)
 
     def push_when_room(self, records: Sequence[SegmentRecord], *, deadline_s: float) -> list[PushStatus]:
         """Push as soon as the byte budget allows; raises DeadlinePassed after ``deadline_s``."""

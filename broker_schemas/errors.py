@@ -6,7 +6,8 @@ The first level says what a loop does with it::
     ├── RecordError            reject the record, count it, go on
     │   ├── MalformedRecord        bytes that are no record of ours, or content that cannot be
     │   ├── SchemaTooNew           written by a newer rollstream than this one
-    │   └── RecordTooLarge         over the size limit; never decoded
+    │   ├── RecordTooLarge         over the size limit; never decoded
+    │   └── BodyMissing            its bytes are no longer in the broker
     ├── BrokerError            back off and retry
     │   ├── BrokerUnavailable      no connection, timeout, still loading
     │   ├── BrokerFull             the run's byte budget or the server's memory is used up
@@ -52,6 +53,12 @@ class RecordTooLarge(RecordError):
     """A record above the size limit, refused before it is decoded."""
 
     reason = "too_large"
+
+
+class BodyMissing(RecordError):
+    """A record whose body the broker no longer has."""
+
+    reason = "body_missing"
 
 
 class BrokerError(RollstreamError):

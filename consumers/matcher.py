@@ -12,7 +12,7 @@ from pathlib import Path
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.broker.policy import PublishedPolicy, read_policy
 from broker_schemas.broker.role_loop import keep_stepping
-from broker_schemas.errors import MalformedRecord, RecordError
+from broker_schemas.errors import BodyMissing, MalformedRecord, RecordError
 from broker_schemas.records import codec
 from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.records import SegmentRecord
@@ -124,6 +124,12 @@ class Matcher:
     def _decode(self, entry: RawEntry) -> SegmentRecord:
         if entry.kind != SegmentRecord.KIND:
             raise RecordError(f"entry {entry.entry_id!r}: got kind {entry.kind!r:.80}, expected segment")
+        if entry.body is None:
+            raise BodyMissing(
+                f"entry {entry.entry_id!r}: got no body of {entry.record_id!r:.80} in the broker, expected "
+                f"{entry.num_bytes} bytes; see that nothing else writes to this server, and that it evicts "
+                "nothing"
+            )
         record = SegmentRecord.decode_body(entry.body, entry.schema_version)
         if record.record_id != entry.record_id or record.policy_version != entry.policy_version:
             raise RecordError(

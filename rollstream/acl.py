@@ -36,7 +36,7 @@ class Grant:
 
 CALL: Final = "evalsha eval"
 STATUS: Final = Grant(
-    commands="multi exec hget hgetall xlen zcard",
+    commands="multi exec hget hgetall xlen zcard zrange",
     reads="policy segments matched claims counters open_step dispatch ready:*",
 )
 # every role makes the groups when it connects, and asks for the version of the server
@@ -69,25 +69,30 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "producer": (
         Grant(
             commands=(
-                f"{CALL} time hget hset hdel hincrby del zadd zrem zscore sadd scard smismember rename xadd"
+                f"{CALL} time hget hset hdel hincrby del zadd zrem zscore sadd scard smismember rename xadd "
+                "set strlen exists persist unlink"
             ),
-            writes="events counters segments seen:now seen:before admitted requests request:*",
+            writes="events counters segments seen:now seen:before admitted requests request:* raw:* body:*",
         ),
+        Grant(commands="exists", reads="payload:*"),
         POLICY,
         SERVER_LOCK,
         RQ,
     ),
     "matcher": (
         Grant(
-            commands=(f"{CALL} hincrby mset smismember srem xack xadd xautoclaim xdel xrange xreadgroup"),
-            writes="events counters segments matched rejected evaluations admitted payload:*",
+            commands=(
+                f"{CALL} hincrby mget set strlen getrange rename persist unlink smismember srem "
+                "xack xadd xautoclaim xdel xrange xreadgroup"
+            ),
+            writes="events counters segments matched rejected evaluations admitted body:* made:* payload:*",
         ),
         POLICY,
     ),
     "packer": (
         Grant(
             commands=(
-                f"{CALL} hexists hget hincrby hset strlen unlink "
+                f"{CALL} hexists hget hincrby hset strlen unlink zadd zrem "
                 "xack xadd xautoclaim xdel xlen xpending xrange xreadgroup"
             ),
             writes="events counters matched sealed open_step ready:* payload:*",
@@ -100,7 +105,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         Grant(
             commands=(
                 f"{CALL} time del exists hdel hexists hget hgetall hincrby hset hsetnx mget strlen unlink "
-                "xadd xdel xlen xrange zadd zcount zrangebyscore zrem"
+                "xadd xdel xlen xrange zadd zcard zcount zrange zrangebyscore zrem"
             ),
             writes="events counters claims claim:* sealed ready:* payload:* policy open_step",
         ),

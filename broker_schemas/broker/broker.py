@@ -47,10 +47,20 @@ class Broker:
                     if not str(exc).startswith("BUSYGROUP"):
                         raise
 
-    def run(self, script: str, named_keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
-        """Call a transition on ``events``, ``counters`` and ``named_keys``; raises BrokerError."""
+    def run(
+        self,
+        script: str,
+        named_keys: Sequence[str],
+        arguments: Sequence[Argument],
+        *,
+        bodies: Sequence[tuple[str, bytes]] = (),
+    ) -> Any:
+        """Call a transition on ``events``, ``counters`` and ``named_keys``; raises BrokerError.
+
+        ``bodies`` are pairs (key, bytes) that it finds in the broker, put there just before it.
+        """
         keys = [self.keys.named(name) for name in ("events", "counters", *named_keys)]
-        return run_script(self.client, script, keys, [self.keys.prefix, *arguments])
+        return run_script(self.client, script, keys, [self.keys.prefix, *arguments], bodies)
 
     def close(self) -> None:
         self.client.close()

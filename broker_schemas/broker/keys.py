@@ -34,11 +34,27 @@ class RunKeys:
         """Return the key of a fixed name: segments, matched, events, counters, policy and so on."""
         return self.prefix + name
 
+    def raw(self, record_id: str) -> str:
+        """Where a producer puts the body of a rollout, with an expiry, for ``push_segments`` to admit."""
+        return f"{self.prefix}raw:{record_id}"
+
+    def body(self, record_id: str) -> str:
+        """The body of a rollout that waits for its matcher."""
+        return f"{self.prefix}body:{record_id}"
+
+    def made(self, record_id: str) -> str:
+        """Where a matcher puts a training segment, with an expiry, for ``commit_match`` to take."""
+        return f"{self.prefix}made:{record_id}"
+
     def payload(self, record_id: str) -> str:
         return f"{self.prefix}payload:{record_id}"
 
     def ready(self, rank: int) -> str:
         return f"{self.prefix}ready:{rank}"
+
+    def ready_versions(self, rank: int) -> str:
+        """The policy versions of a rank's ready packs, sorted."""
+        return f"{self.prefix}ready:{rank}:versions"
 
     @property
     def rollout_queue(self) -> str:

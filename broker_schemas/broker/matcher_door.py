@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
 from broker_schemas.broker.keys import MATCHER_GROUP
-from broker_schemas.records.packs import MatchedDescriptor
-from broker_schemas.records.records import MatchedSegment
+from broker_schemas.errors import BrokerUnavailable
+from broker_schemas.records.records import NOT_STEP_BOUND, MatchedSegment
+
+BODY_APART_SINCE: Final = 2
+"""The schema version of an entry from which on its body lies beside the stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawEntry:
-    """A stream entry as it was found: nothing in it is trusted yet."""
+    """A stream entry as it was found: nothing in it is trusted yet.
+
+    ``body`` is None where the broker no longer has it; ``num_bytes`` is what was counted for it.
+    """
 
     entry_id: bytes
     record_id: str
     kind: str
     schema_version: int
     policy_version: int
-    body: bytes
+    body: bytes | None
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +60,14 @@ class MatcherDoor:
             reply = self.broker.client.xreadgroup(
                 MATCHER_GROUP, self.consumer, {stream: ">"}, count=count, block=block_ms
             )
-        return entries_of(reply)
+        return self._with_bodies(rows_of(reply))
 
     def read_own_pending(self, *, count: int) -> list[RawEntry]:
         """Return rollouts this consumer was given before and never committed (after a restart)."""
         stream = self.broker.keys.named("segments")
         with broker_errors("reading own pending rollouts"):
             reply = self.broker.client.xreadgroup(MATCHER_GROUP, self.consumer, {stream: "0"}, count=count)
-        return entries_of(reply)
+        return self._with_bodies(rows_of(reply))
 
     def take_over_idle(self, *, count: int) -> list[RawEntry]:
         """Return rollouts that another consumer has held for longer than ``idle_ms``."""
@@ -74,62 +81,71 @@ class MatcherDoor:
                 count=count,
             )
         self._autoclaim_from = reply[0]
-        return [read_entry(entry_id, fields) for entry_id, fields in reply[1] if fields]
+        return self._with_bodies(reply[1])
+
+    def _with_bodies(self, rows: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> list[RawEntry]:
+        """Return rows of the stream as entries, with the bodies that lie beside it."""
+        entries = [read_entry(entry_id, fields) for entry_id, fields in rows if fields]
+        apart = [entry for entry in entries if entry.body is None]
+        if not apart:
+            return entries
+        with broker_errors("fetching rollouts"):
+            bodies: Any = self.broker.client.mget([self.broker.keys.body(entry.record_id) for entry in apart])
+        found = {entry.entry_id: body for entry, body in zip(apart, bodies, strict=True)}
+        return [replace(entry, body=found.get(entry.entry_id, entry.body)) for entry in entries]
 
     def commit(self, verdicts: Sequence[MatchVerdict], *, oldest_policy_version: int) -> list[str]:
         """Commit verdicts in one transition; return a status for each (``gone``: someone else was faster)."""
         if not verdicts:
             return []
         arguments: list[str | int | bytes] = [MATCHER_GROUP, oldest_policy_version, len(verdicts)]
+        bodies: list[tuple[str, bytes]] = []
         for verdict in verdicts:
             arguments += _verdict_arguments(verdict)
-        reply = self.broker.run("commit_match", ["segments", "matched", "rejected", "evaluations"], arguments)
+            if verdict.segment is not None and verdict.outcome == "matched":
+                bodies.append((self.broker.keys.made(verdict.entry.record_id), verdict.segment.encode_body()))
+        named_keys = ["segments", "matched", "rejected", "evaluations"]
+        reply = self.broker.run("commit_match", named_keys, arguments, bodies=bodies)
         statuses: list[str] = reply.decode().split()
+        if "no_body" in statuses:
+            raise BrokerUnavailable(
+                f"committing {len(verdicts)} rollouts: {statuses.count('no_body')} segments were gone before "
+                "they were taken; their rollouts are still pending"
+            )
         return statuses
 
 
-def _verdict_arguments(verdict: MatchVerdict) -> list[str | int | bytes]:
-    entry = verdict.entry
-    text, first, second = verdict.reason, b"", b""
+def _verdict_arguments(verdict: MatchVerdict) -> list[str | bytes]:
+    entry, text, extra, step = verdict.entry, verdict.reason, b"", NOT_STEP_BOUND
     if verdict.outcome == "matched":
-        segment = verdict.segment
-        assert segment is not None, "a matched verdict carries its segment"
-        text = str(segment.encoded_length)
-        first, second = describe(segment).encode_body(), segment.encode_body()
+        assert verdict.segment is not None, "a matched verdict carries its segment"
+        text, step = str(verdict.segment.encoded_length), verdict.segment.optimizer_step
     elif verdict.outcome == "evaluated":
-        first = verdict.result_body
+        extra = verdict.result_body
     elif verdict.outcome == "rejected":
-        first, second = " ".join(verdict.detail.split())[:500].encode(), entry.body
+        extra = " ".join(verdict.detail.split())[:500].encode()
     record_id = entry.record_id.replace("\t", " ")
     line = (
         f"{entry.entry_id.decode()}\t{record_id}\t{verdict.outcome}\t{entry.policy_version}"
-        f"\t{len(entry.body)}\t{text}"
+        f"\t{entry.num_bytes}\t{step}\t{text}"
     )
-    return [line, first, second]
-
-
-def describe(segment: MatchedSegment) -> MatchedDescriptor:
-    """Return what the packer may know of a segment."""
-    return MatchedDescriptor(
-        record_id=segment.record_id,
-        policy_version=segment.policy_version,
-        encoded_length=segment.encoded_length,
-        sample_id=segment.sample_id,
-        task=segment.task,
-        generated_at_ms=segment.generated_at_ms,
-        optimizer_step=segment.optimizer_step,
-    )
+    return [line, extra]
 
 
 def read_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> RawEntry:
-    """Return a stream entry with hostile or missing fields made harmless: they fail later, by name."""
+    """Return a stream entry with hostile or missing fields made harmless: they fail later, by name.
+
+    Its body is None where it lies beside the stream.
+    """
+    body = fields.get(b"body", None if _number(fields.get(b"schema_version")) >= BODY_APART_SINCE else b"")
     return RawEntry(
         entry_id=entry_id,
         record_id=fields.get(b"record_id", b"?").decode("utf-8", "replace")[:200] or "?",
         kind=fields.get(b"kind", b"").decode("utf-8", "replace"),
         schema_version=_number(fields.get(b"schema_version")),
         policy_version=_number(fields.get(b"policy_version")),
-        body=fields.get(b"body", b""),
+        body=body,
+        num_bytes=_number(fields.get(b"bytes")) if body is None else len(body),
     )
 
 
@@ -137,13 +153,12 @@ def _number(raw: bytes | None) -> int:
     return int(raw) if raw is not None and raw.isdigit() and len(raw) < 19 else 0
 
 
-def entries_of(reply: Any) -> list[RawEntry]:
-    """Return the entries of an XREADGROUP reply over one stream (RESP2 list or RESP3 map)."""
+def rows_of(reply: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    """Return the rows of an XREADGROUP reply over one stream (RESP2 list or RESP3 map)."""
     if not reply:
         return []
     batches = reply.values() if isinstance(reply, dict) else [batch for _, batch in reply]
-    found: list[RawEntry] = []
+    found: list[tuple[bytes, dict[bytes, bytes]]] = []
     for batch in batches:
-        rows = batch[0] if batch and isinstance(batch[0], list) else batch
-        found += [read_entry(entry_id, fields) for entry_id, fields in rows if fields]
+        found += batch[0] if batch and isinstance(batch[0], list) else batch
     return found

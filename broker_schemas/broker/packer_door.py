@@ -92,7 +92,7 @@ class PackerDoor:
             if not fields:
                 continue
             try:
-                descriptor = MatchedDescriptor.decode_body(fields.get(b"body", b""))
+                descriptor = MatchedDescriptor.from_entry(fields)
             except RecordError:
                 record_id = fields.get(b"record_id", b"?").decode("utf-8", "replace")
                 self.drop([(entry_id, record_id)], reason="malformed_descriptor")

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
+from broker_schemas.errors import BodyMissing
 from broker_schemas.records.records import MatchedSegment
 
 
 def fetch_segments(broker: Broker, record_ids: Sequence[str]) -> list[MatchedSegment]:
     """Return the payloads of ``record_ids`` in their order; raises BrokerError, RecordError.
 
-    A missing payload is our own bug or a lost broker: it raises KeyError with the ids.
+    A payload that is not there raises BodyMissing with its id: the broker lost it, or somebody took it away.
     """
     if not record_ids:
         return []
@@ -20,5 +21,8 @@ def fetch_segments(broker: Broker, record_ids: Sequence[str]) -> list[MatchedSeg
         bodies = broker.client.mget([broker.keys.payload(name) for name in record_ids])
     missing = [name for name, body in zip(record_ids, bodies, strict=True) if body is None]
     if missing:
-        raise KeyError(f"payloads of {len(missing)} segments are not in the broker, first {missing[0]}")
+        raise BodyMissing(
+            f"segment {missing[0]}: no payload in the broker, nor of {len(missing) - 1} others of "
+            f"{len(bodies)}; see that nothing else writes to this server and that it evicts nothing"
+        )
     return [MatchedSegment.decode_body(bytes(body)) for body in bodies if isinstance(body, bytes)]

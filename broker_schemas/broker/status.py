@@ -75,7 +75,7 @@ def read_status(broker: Broker, world_size: int, *, with_ready_versions: bool = 
         for rank in range(world_size):
             pipe.xlen(keys.ready(rank))
         for rank in range(world_size if with_ready_versions else 0):
-            pipe.xrange(keys.ready(rank))
+            pipe.zrange(keys.ready_versions(rank), 0, -1, withscores=True)
         version, segments, matched, claims, counters, open_step, advice, *ready = pipe.execute()
     depths, packs = ready[:world_size], ready[world_size:]
     return RunStatus(
@@ -88,6 +88,6 @@ def read_status(broker: Broker, world_size: int, *, with_ready_versions: bool = 
         open_step=OpenStep(**{name.decode(): int(value) for name, value in open_step.items()})
         if open_step
         else None,
-        ready_versions=tuple(tuple(int(fields[b"version"]) for _, fields in entries) for entries in packs),
+        ready_versions=tuple(tuple(int(version) for _, version in entries) for entries in packs),
         demand_advice=(advice or b"").decode(),
     )

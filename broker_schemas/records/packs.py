@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Final, Literal
 
+from broker_schemas.errors import SchemaTooNew
 from broker_schemas.records import codec
 from broker_schemas.records.body_fields import BodyReader
 from broker_schemas.records.records import NOT_STEP_BOUND, Channel
 
+_INTEGER: Final = re.compile(rb"-?[0-9]{1,18}")
 ClaimReason = Literal[
     "schedule",  # A, because the schedule says so
     "claimed",  # B, with exactly its packs
@@ -19,39 +22,43 @@ ClaimReason = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class MatchedDescriptor:
-    """What the packer sees of a matched segment: no tokens, only what packing and freshness need."""
+    """What the packer sees of a matched segment: no tokens, only what it compares.
+
+    An entry of ``matched``: its fields in version 2, a msgpack body (with some fields more) in version 1.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     record_id: str
     policy_version: int
     encoded_length: int
-    sample_id: str
-    task: str
-    generated_at_ms: int
     optimizer_step: int = NOT_STEP_BOUND
 
-    def encode_body(self) -> bytes:
-        return codec.encode_map(
-            {
-                "record_id": self.record_id,
-                "policy_version": self.policy_version,
-                "encoded_length": self.encoded_length,
-                "sample_id": self.sample_id,
-                "task": self.task,
-                "generated_at_ms": self.generated_at_ms,
-                "optimizer_step": self.optimizer_step,
-            }
-        )
+    @classmethod
+    def from_entry(cls, fields: Mapping[bytes, bytes]) -> MatchedDescriptor:
+        """Return what an entry of any version says; raises a RecordError."""
+        if b"body" in fields:
+            return cls.decode_body(fields[b"body"])
+        named = {name.decode("utf-8", "replace"): value for name, value in fields.items()}
+        numbers = {name: int(value) for name, value in named.items() if _INTEGER.fullmatch(value)}
+        record_id = named.get("record_id", b"").decode("utf-8", "replace")
+        version = numbers.get("schema_version", 0)
+        if version > cls.SCHEMA_VERSION:
+            raise SchemaTooNew(f"descriptor: got schema_version {version}, expected {cls.SCHEMA_VERSION}")
+        return cls._read({**numbers, "record_id": record_id})
 
     @classmethod
     def decode_body(cls, raw: bytes) -> MatchedDescriptor:
-        read = BodyReader(codec.decode_map(raw), "matched descriptor")
+        """Return what the body of a version 1 entry says; raises a RecordError."""
+        return cls._read(codec.decode_map(raw))
+
+    @classmethod
+    def _read(cls, body: Mapping[str, Any]) -> MatchedDescriptor:
+        read = BodyReader(body, "matched descriptor")
         return cls(
             record_id=read.text("record_id"),
             policy_version=read.integer("policy_version", low=0),
             encoded_length=read.integer("encoded_length", low=1),
-            sample_id=read.text("sample_id"),
-            task=read.text("task"),
-            generated_at_ms=read.integer("generated_at_ms", low=0),
             optimizer_step=read.integer("optimizer_step", low=NOT_STEP_BOUND, default=NOT_STEP_BOUND),
         )
 

@@ -8,6 +8,7 @@ DropReason = Literal[
     "stale",  # older than the oldest policy version that may still be trained
     "overflow",  # the oldest pack of a full ready queue
     "oversized",  # longer than any pack
+    "duplicate",  # its id is matched already
     "malformed_descriptor",  # the packer cannot read what the matcher wrote
 ]
 RejectionReason = Literal[
@@ -15,6 +16,7 @@ RejectionReason = Literal[
     "malformed",
     "schema_too_new",
     "too_large",
+    "body_missing",  # its bytes are no longer in the broker
     "not_admitted",  # an entry that no transition wrote
     "generation_failed",  # its request failed in every attempt
     "abandoned",  # its request was given up: no producer finished it

@@ -101,7 +101,7 @@ class SegmentRecord:
     """
 
     KIND = "segment"
-    SCHEMA_VERSION = 1
+    SCHEMA_VERSION = 2
 
     record_id: str
     policy_version: int

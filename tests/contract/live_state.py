@@ -24,7 +24,7 @@ class LiveState:
     sealed: dict[int, int]
     requests: dict[str, int]
     payload_bytes: dict[str, int]
-    body_bytes: int
+    body_bytes: dict[str, int]
     counters: dict[str, int]
     num_rejected: int
     num_evaluations: int
@@ -32,7 +32,9 @@ class LiveState:
     places: Counter[tuple[str, str]]
 
 
-def _ask(broker: Broker, claims: list[int], requests: list[str], payloads: list[str]) -> Iterator[Any]:
+def _ask(
+    broker: Broker, claims: list[int], requests: list[str], payloads: list[str], bodies: list[str]
+) -> Iterator[Any]:
     """Yield the replies, all of one moment, in the order in which `read_live_state` takes them."""
     keys = broker.keys
     pipe = broker.client.pipeline(transaction=True)
@@ -50,11 +52,13 @@ def _ask(broker: Broker, claims: list[int], requests: list[str], payloads: list[
     for rank in range(WORLD_SIZE):
         pipe.xrange(keys.ready(rank))
     for step in claims:
-        pipe.hgetall(keys.claim(step))
+        pipe.hgetall(keys.named(f"claim:{step}"))
     for name in requests:
         pipe.hget(keys.named(name), "remaining")
-    for name in payloads:
+    for name in [*payloads, *bodies]:
         pipe.strlen(keys.named(name))
+    for rank in range(WORLD_SIZE):
+        pipe.zrange(keys.ready_versions(rank), 0, -1, withscores=True)
     yield from pipe.execute()
 
 
@@ -77,18 +81,25 @@ def read_live_state(broker: Broker) -> LiveState:
     payloads = [name for name in names if name.startswith("payload:")]
     claims = [int(name.partition(":")[2]) for name in names if name.startswith("claim:")]
     requests = [name for name in names if name.startswith("request:")]
-    replies = _ask(broker, claims, requests, payloads)
+    bodies = [name for name in names if name.startswith("body:")]
+    brought = [name for name in names if name.startswith(("raw:", "made:"))]
+    assert brought == [], "a body was brought and neither taken nor let go"
+    replies = _ask(broker, claims, requests, payloads, bodies)
     segment_rows, segment_held, matched_rows, matched_held = (next(replies) for _ in range(4))
     admitted = next(replies)
     counters, sealed = _numbers(next(replies)), _numbers(next(replies))
     version, open_claims, open_requests = next(replies), next(replies), next(replies)
     num_rejected, num_evaluations = next(replies), next(replies)
-    ready = [
-        [tuple(fields[b"ids"].decode().split()) for _, fields in next(replies)] for _ in range(WORLD_SIZE)
-    ]
+    packs = [next(replies) for _ in range(WORLD_SIZE)]
+    ready = [[tuple(fields[b"ids"].decode().split()) for _, fields in entries] for entries in packs]
     claim_fields = {step: _claim(next(replies)) for step in claims}
     remaining = {name.partition(":")[2]: int(next(replies)) for name in requests}
     payload_bytes = {name.partition(":")[2]: int(next(replies)) for name in payloads}
+    body_bytes = {name.partition(":")[2]: int(next(replies)) for name in bodies}
+    for entries in packs:
+        versions = sorted((int(fields[b"version"]), _sortable(entry)) for entry, fields in entries)
+        found = [(int(version), member) for member, version in next(replies)]
+        assert found == versions, "ready:<rank>:versions and ready:<rank> disagree"
     assert sorted(int(item) for item in open_claims) == sorted(claims), "claims and claim:<step> disagree"
     assert {item.decode() for item in open_requests} == set(remaining), "requests and request:<id> disagree"
     assert admitted <= {entry for entry, _ in segment_rows}, "an admitted entry is not in the stream"
@@ -103,13 +114,18 @@ def read_live_state(broker: Broker) -> LiveState:
         sealed={int(step): number for step, number in sealed.items()},
         requests=remaining,
         payload_bytes=payload_bytes,
-        body_bytes=sum(len(fields[b"body"]) for entry, fields in segment_rows if entry in admitted),
+        body_bytes=body_bytes,
         counters=counters,
         num_rejected=int(num_rejected),
         num_evaluations=int(num_evaluations),
         policy_version=-1 if version is None else int(version),
         places=places,
     )
+
+
+def _sortable(entry: bytes) -> bytes:
+    milliseconds, _, number = entry.partition(b"-")
+    return milliseconds + b"-" + number.rjust(12, b"0")
 
 
 def _numbers(fields: dict[bytes, bytes]) -> dict[str, int]:

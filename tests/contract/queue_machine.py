@@ -145,7 +145,7 @@ class QueueMachine(RuleBasedStateMachine):
     # producers
 
     def push(self, rng: random.Random) -> None:
-        records, expected = [], []
+        records, expected, sizes = [], [], dict[str, int]()
         for name, request_id in [self.push_target(rng) for _ in range(rng.randint(1, 8))]:
             known = self.model.rollouts.get(name)
             purpose = known.purpose if known else "train"
@@ -155,7 +155,7 @@ class QueueMachine(RuleBasedStateMachine):
                 name, request_id=request_id, policy_version=version, purpose=purpose, **padding
             )
             records.append(record)
-            size = len(record.encode_body())
+            size = sizes.setdefault(name, len(record.encode_body()))  # the first body of an id counts
             expected.append(self.model.push(name, request_id, version, purpose, size, LARGEST_BODY))
         self.model.close_complete_requests()
         sink = SegmentSink(self.broker, SinkSettings(max_record_bytes=LARGEST_BODY))
@@ -390,7 +390,8 @@ class QueueMachine(RuleBasedStateMachine):
         assert live.sealed == model.sealed
         assert live.requests == {name: request.remaining for name, request in model.requests.items()}
         assert live.payload_bytes == model.payload_bytes
-        assert live.body_bytes + sum(live.payload_bytes.values()) == model.num_bytes
+        assert live.body_bytes == model.body_bytes
+        assert sum(live.body_bytes.values()) + sum(live.payload_bytes.values()) == model.num_bytes
         assert (
             live.policy_version
             == model.policy_version

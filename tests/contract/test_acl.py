@@ -254,7 +254,7 @@ def test_only_the_learner_claims_and_settles_steps(
     )
     refused(brokers[role], "settle_checkpoint", ["claims", "archive"], [1, 0, 1])
     refused(brokers[role], "commit_step", ["claim:0"], [0, b"\x80"])
-    assert not brokers["operator"].client.exists(brokers[role].keys.claim(0))
+    assert not brokers["operator"].client.exists(brokers[role].keys.named("claim:0"))
 
 
 @pytest.mark.req("Q-1", "V-2")

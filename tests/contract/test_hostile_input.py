@@ -61,8 +61,10 @@ def push_body(broker: Broker, body: bytes, record_id: str | None = None) -> str:
 
 
 def push_line(broker: Broker, line: str | bytes, body: bytes) -> str:
-    arguments: list[Any] = [1 << 30, 16_384, MAX_RECORD_BYTES, 1, line, body]
-    reply = broker.run("push_segments", ["segments", "seen:now", "seen:before"], arguments)
+    arguments: list[Any] = [1 << 30, 16_384, MAX_RECORD_BYTES, 1, line]
+    record_id = (line.encode() if isinstance(line, str) else line).partition(b"\t")[0]
+    bodies: list[Any] = [(broker.keys.prefix.encode() + b"raw:" + record_id, body)]
+    reply = broker.run("push_segments", ["segments", "seen:now", "seen:before"], arguments, bodies=bodies)
     return str(reply.decode())
 
 
@@ -190,7 +192,7 @@ def test_texts_in_a_line_that_are_no_utf8_stay_readable_in_the_log(broker: Broke
 @pytest.mark.req("Q-3", "Q-13")
 def test_a_record_of_a_later_schema_is_rejected_as_such(broker: Broker) -> None:
     record = make_rollout()
-    fields = {b"kind": b"segment", b"schema_version": b"2", b"record_id": b"r-1", b"policy_version": b"3"}
+    fields = {b"kind": b"segment", b"schema_version": b"3", b"record_id": b"r-1", b"policy_version": b"3"}
     add_entry(broker, {**fields, b"body": record.encode_body()})
 
     (letter,) = match_all_and_check(broker)

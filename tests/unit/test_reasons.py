@@ -15,7 +15,7 @@ from tests.source_tree import python_files, script_names
 
 WRITTEN_BY_SCRIPTS = {
     "dropped": (r"drop_segments\(.*, '(\w+)', '\w+'\)", r"= 'dropped', '(\w+)'"),
-    "rejected": (r"fail_request\(id, '(\w+)'", r"reject\(\w+, \w+, \w+, '(\w+)'"),
+    "rejected": (r"fail_request\(id, '(\w+)'", r"reject\(\w+, \w+, '(\w+)'"),
     "skipped": (r"decide\('A', '(?!schedule')(\w+)'",),
 }
 KNOWN = {"dropped": set(DROP_REASONS), "rejected": set(REJECTION_REASONS), "skipped": set(SKIP_REASONS)}

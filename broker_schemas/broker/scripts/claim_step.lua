@@ -13,7 +13,7 @@
 -- Reply: the fields of the claim; {} for not yet; {"settled"} for a step a checkpoint has covered already;
 --        {"lost"} where the broker has forgotten the claim of ARGV[9]: what it acknowledged is gone.
 local step, world, wanted = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local oldest, mode = tonumber(ARGV[6]), ARGV[8]
+local mode = ARGV[8]
 local known = redis.call('HGETALL', KEYS[4])
 if #known > 0 then return known end
 local settled_steps = tonumber(redis.call('HGET', COUNTERS, 'settled_steps') or '0')
@@ -23,15 +23,33 @@ if given >= settled_steps and redis.call('EXISTS', PREFIX .. 'claim:' .. given) 
 
 local function ready_key(rank) return PREFIX .. 'ready:' .. rank end
 
+-- packs that an older packer made are sorted in once
+local function sort_versions(rank)
+  local versions = versions_key(rank)
+  if redis.call('ZCARD', versions) == redis.call('XLEN', ready_key(rank)) then return end
+  redis.call('UNLINK', versions)
+  for _, entry in ipairs(redis.call('XRANGE', ready_key(rank), '-', '+')) do
+    redis.call('ZADD', versions, fields_of(entry)['version'], sortable(entry[1]))
+  end
+end
+
+-- Takes the entries of ready packs out; returns their fields, in the order of `members`.
+local function take(rank, members)
+  local packs = {}
+  for i, member in ipairs(members) do
+    local id = entry_of(member)
+    packs[i] = fields_of(redis.call('XRANGE', ready_key(rank), id, id)[1])
+    redis.call('XDEL', ready_key(rank), id)
+    redis.call('ZREM', versions_key(rank), member)
+  end
+  return packs
+end
+
 local function drop_stale()
   for rank = 0, world - 1 do
-    for _, entry in ipairs(redis.call('XRANGE', ready_key(rank), '-', '+')) do
-      local pack = fields_of(entry)
-      if tonumber(pack['version']) < oldest then
-        redis.call('XDEL', ready_key(rank), entry[1])
-        drop_segments(pack['ids'], 'stale', 'claim')
-      end
-    end
+    sort_versions(rank)
+    local stale = redis.call('ZRANGEBYSCORE', versions_key(rank), '-inf', '(' .. ARGV[6])
+    for _, pack in ipairs(take(rank, stale)) do drop_segments(pack['ids'], 'stale', 'claim') end
   end
 end
 
@@ -43,26 +61,19 @@ local function short_ranks()
   return short
 end
 
--- The packs of a rank that the step takes, as {entry id, fields}: those that are stale soonest, else in order.
-local function chosen_packs(rank)
-  local found = {}
-  for i, entry in ipairs(redis.call('XRANGE', ready_key(rank), '-', '+')) do
-    found[i] = {at = i, entry[1], fields_of(entry)}
-  end
-  if mode == 'sealed' then return found end
-  table.sort(found, function(a, b)
-    local one, other = tonumber(a[2]['version']), tonumber(b[2]['version'])
-    return one < other or (one == other and a.at < b.at)
-  end)
-  return {unpack(found, 1, wanted)}
+-- The packs of a rank that the step takes, as fields: those that are stale soonest, or all in order.
+local function take_packs(rank)
+  if mode ~= 'sealed' then return take(rank, redis.call('ZRANGE', versions_key(rank), 0, wanted - 1)) end
+  local packs = {}
+  for i, entry in ipairs(redis.call('XRANGE', ready_key(rank), '-', '+')) do packs[i] = fields_of(entry) end
+  redis.call('UNLINK', ready_key(rank), versions_key(rank))
+  return packs
 end
 
 local function decide(kind, reason, short)
   local lines, segments = {}, 0
   for rank = 0, world - 1 do
-    for i, entry in ipairs(kind == 'B' and chosen_packs(rank) or {}) do
-      local pack = entry[2]
-      redis.call('XDEL', ready_key(rank), entry[1])
+    for i, pack in ipairs(kind == 'B' and take_packs(rank) or {}) do
       redis.call('HSET', KEYS[4], 'p:' .. rank .. ':' .. (i - 1), pack['pack'],
         'ids:' .. rank .. ':' .. (i - 1), pack['ids'])
       lines[#lines + 1] = rank .. '\t' .. pack['id'] .. '\t' .. pack['version'] .. '\t' .. pack['ids']

@@ -1,34 +1,46 @@
 -- Takes rollouts off `segments` together with what became of them; each only if it is still pending.
+-- A payload was set at made:<record id>, with an expiry, just before in the same pipeline: it is linked to
+-- payload:<record id> when its record is matched and let go when not, and never passes through here.
 -- An entry that did not come through push_segments is rejected whatever the matcher says: it was never counted
 -- and its id may be another's. Its events name it foreign:<entry id>.
 -- KEYS[3]  segments     stream  group ARGV[2]
--- KEYS[4]  matched      stream  group `packer`: fields record_id, body (descriptor)
+-- KEYS[4]  matched      stream  group `packer`: schema_version, record_id, policy_version, encoded_length, optimizer_step
 -- KEYS[5]  rejected     stream  dead letters: record_id, reason, detail, source, raw (its first 256 KiB)
 -- KEYS[6]  evaluations  stream  results of rollouts that were asked for to evaluate
 -- ARGV[2]  group
 -- ARGV[3]  oldest policy version that may be trained on
--- ARGV[4]  number of records, then for each, from ARGV[5]: line, first, second
---          line: entry id \t record id \t outcome \t policy version \t bytes of the segment body \t text
---            matched    text: encoded length   first: descriptor body   second: payload body
---            evaluated  text: ""               first: result body       second: ""
---            dropped    text: reason           first: ""                second: ""
---            rejected   text: reason           first: detail            second: raw bytes
--- Reply: one text with a status a record, parted by " ": matched, evaluated, dropped, rejected, or gone (someone
---        else committed it).
+-- ARGV[4]  number of records, then for each, from ARGV[5]: line, extra
+--          line: entry id \t record id \t outcome \t policy version \t bytes of the rollout's body \t step \t text
+--            matched    text: encoded length   extra: ""
+--            evaluated  text: ""               extra: result body
+--            dropped    text: reason           extra: ""
+--            rejected   text: reason           extra: detail
+--          step: the optimizer step that asked for it, or -1
+-- Reply: one text with a status a record, parted by " ": matched, evaluated, dropped, rejected, no_body (nothing at
+--        made:<record id>; it stays pending), or gone (someone else committed it).
 local group, oldest, status, bytes, tokens = ARGV[2], tonumber(ARGV[3]), {}, 0, 0
-local taken, admitted, payloads = {}, {}, {}
+local MADE, BODY, PAYLOAD = PREFIX .. 'made:', PREFIX .. 'body:', PREFIX .. 'payload:'
+local taken, admitted, linked, unwanted = {}, {}, {}, {}
 local matched, evaluated, rejected, dropped = {}, {}, {}, {}
 
 local verdicts, by_entry, waiting = {}, {}, {}
 for i = 1, tonumber(ARGV[4]) do
-  local entry, id, outcome, version, size, text =
-    string.match(ARGV[2 + 3 * i], '^(%d+%-%d+)\t([^\t]*)\t(%l+)\t(%d+)\t(%d+)\t(.*)$')
+  local entry, id, outcome, version, size, step, text =
+    string.match(ARGV[3 + 2 * i], '^(%d+%-%d+)\t([^\t]*)\t(%l+)\t(%d+)\t(%d+)\t(%-?%d+)\t(.*)$')
   status[i] = 'gone'
   if not by_entry[entry] then
-    verdicts[i] = {entry = entry, id = id, outcome = outcome, version = tonumber(version), size = tonumber(size),
-      text = text, first = ARGV[3 + 3 * i], second = ARGV[4 + 3 * i]}
+    local verdict = {entry = entry, id = id, outcome = outcome, version = version, size = tonumber(size),
+      step = step, text = text, extra = ARGV[4 + 2 * i], made = 0}
     by_entry[entry] = i
-    waiting[#waiting + 1] = entry
+    if outcome == 'matched' then verdict.made = redis.call('STRLEN', MADE .. id) end
+    if outcome == 'matched' and verdict.made == 0 then
+      status[i] = 'no_body'
+    else
+      verdicts[i] = verdict
+      waiting[#waiting + 1] = entry
+    end
+  elseif outcome == 'matched' then -- said twice in one call
+    unwanted[#unwanted + 1] = MADE .. id
   end
 end
 
@@ -44,6 +56,8 @@ in_chunks(waiting, function(chunk)
     elseif redis.call('XACK', KEYS[3], group, entry) == 1 then
       taken[#taken + 1] = entry
     else
+      local verdict = verdicts[by_entry[entry]]
+      if verdict.outcome == 'matched' then unwanted[#unwanted + 1] = MADE .. verdict.id end
       verdicts[by_entry[entry]] = nil
     end
   end
@@ -54,44 +68,55 @@ in_chunks(waiting, function(chunk)
 end)
 
 local RAW_KEPT_BYTES = 262144 -- dead letters are outside the byte budget
-local function reject(entry, id, event_id, reason, detail, raw)
-  redis.call('XADD', KEYS[5], 'MAXLEN', '~', 1000, '*', 'record_id', id, 'reason', reason, 'detail', detail,
-    'source', 'segments ' .. entry, 'raw', string.sub(raw, 1, RAW_KEPT_BYTES))
+local function raw_of(verdict)
+  local raw = admitted[verdict.entry] and redis.call('GETRANGE', BODY .. verdict.id, 0, RAW_KEPT_BYTES - 1) or ''
+  if raw ~= '' then return raw end
+  local found = redis.call('XRANGE', KEYS[3], verdict.entry, verdict.entry)[1] -- version 1 has it in the entry
+  return string.sub(found and fields_of(found)['body'] or '', 1, RAW_KEPT_BYTES)
+end
+
+local function reject(verdict, event_id, reason, detail)
+  redis.call('XADD', KEYS[5], 'MAXLEN', '~', 1000, '*', 'record_id', verdict.id, 'reason', reason,
+    'detail', detail, 'source', 'segments ' .. verdict.entry, 'raw', raw_of(verdict))
   rejected[#rejected + 1] = event_id .. '\t' .. reason
   count('rejected:' .. reason, 1)
   return 'rejected'
 end
 
 local function settle_foreign(verdict)
-  local entry, id, event_id = verdict.entry, verdict.id, 'foreign:' .. verdict.entry
-  if verdict.outcome == 'rejected' then
-    return reject(entry, id, event_id, verdict.text, verdict.first, verdict.second)
-  end
-  local found = redis.call('XRANGE', KEYS[3], entry, entry)[1]
-  return reject(entry, id, event_id, 'not_admitted', 'did not come through push_segments',
-    found and fields_of(found)['body'] or '')
+  local event_id = 'foreign:' .. verdict.entry
+  if verdict.outcome == 'matched' then unwanted[#unwanted + 1] = MADE .. verdict.id end
+  if verdict.outcome == 'rejected' then return reject(verdict, event_id, verdict.text, verdict.extra) end
+  return reject(verdict, event_id, 'not_admitted', 'did not come through push_segments')
 end
 
 local function settle(verdict)
-  local id, outcome, text, first, second = verdict.id, verdict.outcome, verdict.text, verdict.first, verdict.second
+  local id, outcome, text = verdict.id, verdict.outcome, verdict.text
   bytes = bytes - verdict.size
-  if outcome == 'matched' and verdict.version < oldest then outcome, text = 'dropped', 'stale' end
+  if outcome == 'matched' and tonumber(verdict.version) < oldest then
+    outcome, text = 'dropped', 'stale'
+    unwanted[#unwanted + 1] = MADE .. id
+  end
+  if outcome == 'matched' and linked[id] then outcome, text = 'dropped', 'duplicate' end
   if outcome == 'matched' then
-    payloads[#payloads + 1] = PREFIX .. 'payload:' .. id
-    payloads[#payloads + 1] = second
-    redis.call('XADD', KEYS[4], '*', 'record_id', id, 'body', first)
+    linked[id] = true
+    redis.call('RENAME', MADE .. id, PAYLOAD .. id)
+    redis.call('PERSIST', PAYLOAD .. id)
+    redis.call('XADD', KEYS[4], '*', 'schema_version', '2', 'record_id', id, 'policy_version', verdict.version,
+      'encoded_length', text, 'optimizer_step', verdict.step)
     matched[#matched + 1] = id .. '\t' .. text
     tokens = tokens + tonumber(text)
-    bytes = bytes + #second
+    bytes = bytes + verdict.made
   elseif outcome == 'evaluated' then
-    redis.call('XADD', KEYS[6], '*', 'record_id', id, 'body', first)
+    redis.call('XADD', KEYS[6], '*', 'record_id', id, 'body', verdict.extra)
     evaluated[#evaluated + 1] = id
   elseif outcome == 'dropped' then
     dropped[text] = dropped[text] or {}
     table.insert(dropped[text], id)
   else
-    return reject(verdict.entry, id, id, text, first, second)
+    reject(verdict, id, text, verdict.extra)
   end
+  unwanted[#unwanted + 1] = BODY .. id
   return outcome
 end
 
@@ -100,7 +125,7 @@ for i = 1, #status do
   if verdict then status[i] = admitted[verdict.entry] and settle(verdict) or settle_foreign(verdict) end
 end
 in_chunks(taken, function(chunk) redis.call('XDEL', KEYS[3], unpack(chunk)) end)
-in_chunks(payloads, function(chunk) redis.call('MSET', unpack(chunk)) end)
+in_chunks(unwanted, function(chunk) redis.call('UNLINK', unpack(chunk)) end)
 if #matched > 0 then emit('matched', 'records', table.concat(matched, '\n')) end
 if #evaluated > 0 then emit('evaluated', 'ids', table.concat(evaluated, ' ')) end
 if #rejected > 0 then emit('rejected', 'records', table.concat(rejected, '\n'), 'stage', 'matching') end

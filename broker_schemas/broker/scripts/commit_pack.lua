@@ -48,8 +48,9 @@ for _, pack in ipairs(packs) do
     stale = stale + 1
   else
     local ready = PREFIX .. 'ready:' .. pack.rank
-    redis.call('XADD', ready, '*', 'pack', pack.body, 'version', pack.version, 'ids', ids, 'id', pack.id,
-      'step', step)
+    local entry = redis.call('XADD', ready, '*', 'pack', pack.body, 'version', pack.version, 'ids', ids,
+      'id', pack.id, 'step', step)
+    redis.call('ZADD', versions_key(pack.rank), pack.version, sortable(entry))
     emit('packed', 'rank', pack.rank, 'pack_id', pack.id, 'policy_version', pack.version, 'ids', ids)
     count('packed', 1)
     count('packed_segments', #pack.ids)
@@ -57,6 +58,7 @@ for _, pack in ipairs(packs) do
     if limit > 0 and redis.call('XLEN', ready) > limit then
       local first = redis.call('XRANGE', ready, '-', '+', 'COUNT', 1)[1]
       redis.call('XDEL', ready, first[1])
+      redis.call('ZREM', versions_key(pack.rank), sortable(first[1]))
       drop_segments(fields_of(first)['ids'], 'overflow', 'ready')
       overflow = overflow + 1
     end

@@ -2,8 +2,12 @@
 -- KEYS[1]  events    stream  the log; one entry a transition, field `type` first
 -- KEYS[2]  counters  hash    running sums of the log, so that nobody has to fold it to see a total
 -- ARGV[1]  prefix    text    `{rollstream:<run>}:`, for the keys a script derives:
---   payload:<record id>  string   MatchedSegment body
---   ready:<rank>         stream   fields pack, version, ids, step
+--   raw:<record id>      string   SegmentRecord body that a producer brought, with an expiry: nothing is decided yet
+--   body:<record id>     string   SegmentRecord body that push_segments admitted
+--   made:<record id>     string   MatchedSegment body that a matcher brought, with an expiry
+--   payload:<record id>  string   MatchedSegment body that commit_match took
+--   ready:<rank>         stream   fields pack, version, ids, id, step
+--   ready:<rank>:versions  zset   entries of ready:<rank>, made sortable -> lowest policy version of the pack
 --   request:<id>         hash     spec, num_records, records, remaining, attempt, purpose
 --   admitted             set      entry ids of `segments` that came through push_segments and are not committed
 -- Lists inside an event are lines: records parted by "\n", fields by "\t", ids by " ".
@@ -52,6 +56,15 @@ local function fields_of(entry)
   for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
   return fields
 end
+
+local function versions_key(rank) return PREFIX .. 'ready:' .. rank .. ':versions' end
+
+-- An entry id as a text that sorts as entries do, and back again.
+local function sortable(entry)
+  local ms, number = string.match(entry, '^(%d+)-(%d+)$')
+  return ms .. '-' .. string.rep('0', 12 - #number) .. number
+end
+local function entry_of(member) return (string.gsub(member, '-0*(%d)', '-%1')) end
 
 local function now_ms()
   local now = redis.call('TIME')

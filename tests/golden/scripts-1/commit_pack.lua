@@ -1,0 +1,70 @@
+-- Turns pending descriptors into ready packs; all packs of the call or none.
+-- KEYS[3]  matched  stream  group ARGV[2]
+-- KEYS[4]  sealed   hash    optimizer step -> number of its packs, for steps that own their packs
+-- KEYS[5]  open_step  hash  as in open_step
+-- ARGV[2]  group
+-- ARGV[3]  oldest policy version that may be trained on
+-- ARGV[4]  packs a ready queue may hold; 0: no limit. On overflow the oldest pack is dropped
+-- ARGV[5]  optimizer step these packs complete, or -1
+-- ARGV[6]  number of packs, then for each, from ARGV[7]:
+--          rank, pack body, policy version, pack id, number of segments, then entry id and record id of each
+-- Reply: {0, record id, ...}: these are no longer pending, nothing is changed;
+--        {1, packs made, packs dropped as stale, packs dropped by overflow}.
+local group, oldest, limit, num = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
+local step = ARGV[5]
+if step ~= '-1' then -- said again: sealed, or claimed since, or settled since
+  local settled = tonumber(redis.call('HGET', COUNTERS, 'settled_steps') or '0')
+  if redis.call('HEXISTS', KEYS[4], step) == 1 or redis.call('EXISTS', PREFIX .. 'claim:' .. step) == 1
+    or tonumber(step) < settled then return {1, 0, 0, 0} end
+end
+
+local packs, gone, named, at = {}, {0}, {}, 7
+for i = 1, num do
+  local pack = {rank = ARGV[at], body = ARGV[at + 1], version = ARGV[at + 2], id = ARGV[at + 3], entries = {}, ids = {}}
+  local segments = tonumber(ARGV[at + 4])
+  at = at + 5
+  for j = 1, segments do
+    local entry = ARGV[at]
+    if named[entry] or #redis.call('XPENDING', KEYS[3], group, entry, entry, 1) == 0 then
+      gone[#gone + 1] = ARGV[at + 1]
+    end
+    named[entry] = true
+    pack.entries[j], pack.ids[j] = entry, ARGV[at + 1]
+    at = at + 2
+  end
+  packs[i] = pack
+end
+if #gone > 1 then return gone end
+
+local made, stale, overflow = 0, 0, 0
+for _, pack in ipairs(packs) do
+  in_chunks(pack.entries, function(chunk)
+    redis.call('XACK', KEYS[3], group, unpack(chunk))
+    redis.call('XDEL', KEYS[3], unpack(chunk))
+  end)
+  local ids = table.concat(pack.ids, ' ')
+  if tonumber(pack.version) < oldest then
+    drop_segments(ids, 'stale', 'packing')
+    stale = stale + 1
+  else
+    local ready = PREFIX .. 'ready:' .. pack.rank
+    redis.call('XADD', ready, '*', 'pack', pack.body, 'version', pack.version, 'ids', ids, 'id', pack.id,
+      'step', step)
+    emit('packed', 'rank', pack.rank, 'pack_id', pack.id, 'policy_version', pack.version, 'ids', ids)
+    count('packed', 1)
+    count('packed_segments', #pack.ids)
+    made = made + 1
+    if limit > 0 and redis.call('XLEN', ready) > limit then
+      local first = redis.call('XRANGE', ready, '-', '+', 'COUNT', 1)[1]
+      redis.call('XDEL', ready, first[1])
+      drop_segments(fields_of(first)['ids'], 'overflow', 'ready')
+      overflow = overflow + 1
+    end
+  end
+end
+if step ~= '-1' then
+  redis.call('HSET', KEYS[4], step, made)
+  if redis.call('HGET', KEYS[5], 'optimizer_step') == step then redis.call('HSET', KEYS[5], 'sealed', 1) end
+  emit('sealed', 'optimizer_step', step, 'num_packs', made)
+end
+return {1, made, stale, overflow}

@@ -1,0 +1,77 @@
+-- Prepended to every script. Fixed places, so that each script reads the same:
+-- KEYS[1]  events    stream  the log; one entry a transition, field `type` first
+-- KEYS[2]  counters  hash    running sums of the log, so that nobody has to fold it to see a total
+-- ARGV[1]  prefix    text    `{rollstream:<run>}:`, for the keys a script derives:
+--   payload:<record id>  string   MatchedSegment body
+--   ready:<rank>         stream   fields pack, version, ids, step
+--   request:<id>         hash     spec, num_records, records, remaining, attempt, purpose
+--   admitted             set      entry ids of `segments` that came through push_segments and are not committed
+-- Lists inside an event are lines: records parted by "\n", fields by "\t", ids by " ".
+local EVENTS, COUNTERS, PREFIX = KEYS[1], KEYS[2], ARGV[1]
+
+local function emit(kind, ...)
+  return redis.call('XADD', EVENTS, '*', 'type', kind, ...)
+end
+
+local function count(field, by)
+  if by ~= 0 then redis.call('HINCRBY', COUNTERS, field, by) end
+end
+
+-- Calls `act` with pieces of a list: unpack() fails on a list of some thousands.
+local function in_chunks(list, act)
+  for first = 1, #list, 1000 do
+    act({unpack(list, first, math.min(first + 999, #list))})
+  end
+end
+
+-- Frees the payloads of a space-parted list of ids; returns how many ids it names.
+local function free_payloads(ids)
+  local freed, payloads = 0, {}
+  for id in string.gmatch(ids, '%S+') do
+    local key = PREFIX .. 'payload:' .. id
+    freed = freed + redis.call('STRLEN', key)
+    payloads[#payloads + 1] = key
+  end
+  in_chunks(payloads, function(chunk) redis.call('UNLINK', unpack(chunk)) end)
+  count('bytes', -freed)
+  return #payloads
+end
+
+-- Drops segments that are already matched: payload freed, event, count. Empty list: nothing.
+local function drop_segments(ids, reason, stage)
+  if ids == '' then return 0 end
+  local num = free_payloads(ids)
+  emit('dropped', 'reason', reason, 'stage', stage, 'ids', ids)
+  count('dropped:' .. reason, num)
+  return num
+end
+
+-- Fields of a stream entry as a table.
+local function fields_of(entry)
+  local fields = {}
+  for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+  return fields
+end
+
+local function now_ms()
+  local now = redis.call('TIME')
+  return now[1] * 1000 + math.floor(now[2] / 1000)
+end
+
+local function close_request(id)
+  redis.call('DEL', PREFIX .. 'request:' .. id)
+  redis.call('ZREM', PREFIX .. 'requests', id)
+end
+
+-- Gives a request up: its unpushed records are accounted for as rejected. Returns how many.
+local function fail_request(id, reason, detail)
+  local key = PREFIX .. 'request:' .. id
+  local remaining = tonumber(redis.call('HGET', key, 'remaining') or '0')
+  if remaining == 0 then return 0 end
+  emit('request_failed', 'request_id', id, 'reason', reason, 'detail', detail,
+    'ids', redis.call('HGET', key, 'records'))
+  count('rejected:' .. reason, remaining)
+  count('open_records', -remaining)
+  close_request(id)
+  return remaining
+end
