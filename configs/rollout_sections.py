@@ -101,12 +101,12 @@ class RolloutMatchingSection(Section):
     """Assignment cost of leaving a ground-truth object unmatched."""
     ot_points: Annotated[int, Field(ge=4, le=4096)] = 64
     """Points on each boundary for optimal transport, its vertices included."""
-    ot_cost: Literal["l2", "l1"] = "l2"
-    """Distance between boundary points, in bins."""
-    ot_epsilon: Positive = 2.0
-    """Entropic smoothing of the transport, in bins."""
+    ot_cost: Literal["l2_squared", "l2", "l1"] = "l2_squared"
+    """Cost between boundary points: squared distance once both boundaries are centred, or plain distance."""
+    ot_epsilon: Positive = 20.0
+    """Entropic blur in the unit of the cost: squared bins, at most, with l2_squared, else bins."""
     ot_iters: Annotated[int, Field(ge=1, le=10_000)] = 50
-    """Sinkhorn iterations."""
+    """Most Sinkhorn iterations; with l2_squared they end when no image moves by a bin."""
     target_sigma: Positive = 2.0
     """Width of the Gaussian target over bins, in bins."""
     target_truncate: Annotated[int, Field(ge=0, le=999)] | None = None

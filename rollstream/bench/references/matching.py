@@ -1,4 +1,4 @@
-"""Matching and targets written down plainly: one pair at a time, whole masks, kernel-domain Sinkhorn.
+"""Matching and targets written down plainly: one pair at a time, whole masks, log-domain Sinkhorn.
 
 The yardstick of `rollstream bench matching`; it must not share code with what it is compared to.
 """
@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from broker_schemas.records.records import GroundTruthObject
 
 TOP_K, GATE, RESOLUTION = 10, 0.3, 256
-NUM_POINTS, EPSILON_BINS, NUM_ITERATIONS = 64, 2.0, 50
+NUM_POINTS, EPSILON_SQUARED_BINS, NUM_ITERATIONS = 64, 20.0, 50
 
 
 def reference_pairs(
@@ -44,13 +44,13 @@ def reference_target(prediction: GroundTruthObject, truth: GroundTruthObject) ->
         return list(truth.bins)
     points, mass, vertex_rows = _boundary(_corners(prediction))
     others, other_mass, _ = _boundary(_corners(truth))
-    apart = np.sqrt(((points[:, None] - others[None]) ** 2).sum(axis=2))
-    kernel = np.exp(-apart / EPSILON_BINS)
-    columns = np.ones(len(others))
+    centred, others_centred = points - mass @ points, others - other_mass @ others
+    cost = ((centred[:, None] - others_centred[None]) ** 2).sum(axis=2) / EPSILON_SQUARED_BINS
+    columns = np.zeros(len(others))
     for _ in range(NUM_ITERATIONS):
-        rows = mass / (kernel @ columns)
-        columns = other_mass / (kernel.T @ rows)
-    plan = rows[:, None] * kernel * columns[None]
+        rows = np.log(mass) - _log_sum_exp(columns[None] - cost, axis=1)
+        columns = np.log(other_mass) - _log_sum_exp(rows[:, None] - cost, axis=0)
+    plan = np.exp(rows[:, None] + columns[None] - cost)
     images = plan @ others / plan.sum(axis=1, keepdims=True)
     if prediction.geometry == "bbox_2d":
         moved = np.concatenate([images.min(axis=0), images.max(axis=0)])
@@ -58,6 +58,12 @@ def reference_target(prediction: GroundTruthObject, truth: GroundTruthObject) ->
         moved = images[vertex_rows].ravel()
     bins: list[int] = np.clip(np.rint(moved), 0, 999).astype(int).tolist()
     return bins
+
+
+def _log_sum_exp(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    largest = values.max(axis=axis, keepdims=True)
+    summed: NDArray[np.float64] = np.log(np.exp(values - largest).sum(axis=axis)) + largest.squeeze(axis)
+    return summed
 
 
 def _candidates(prediction: GroundTruthObject, ground_truth: Sequence[GroundTruthObject]) -> list[int]:
