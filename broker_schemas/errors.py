@@ -10,6 +10,7 @@ The first level says what a loop does with it::
     │   └── BodyMissing            its bytes are no longer in the broker
     ├── BrokerError            back off and retry
     │   ├── BrokerUnavailable      no connection, timeout, still loading
+    │   ├── GroupGone              the broker has forgotten our consumer group, and what it held
     │   ├── BrokerFull             the run's byte budget or the server's memory is used up
     │   └── BrokerRefused          wrong password, missing right, not a Redis we can use: do not retry
     ├── RolloutServerError     fail this attempt of the job; it is tried again later
@@ -71,6 +72,10 @@ class BrokerUnavailable(BrokerError):
 
 class BrokerFull(BrokerError):
     """The byte budget of the run, or the memory of the server, is used up."""
+
+
+class GroupGone(BrokerError):
+    """The broker has forgotten a consumer group: what it held of the run is lost."""
 
 
 class BrokerRefused(BrokerError):

@@ -20,7 +20,6 @@ from consumers.metrics import MatcherMetrics
 from consumers.record_matching import MatcherTools, MatchOutcome, ParseFailure, match_record
 
 log = logging.getLogger(__name__)
-TAKE_OVER_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +64,12 @@ class Matcher:
         self._metrics = metrics
         self._settings = settings
         self._dump = dump
-        self._own_pending_done = False
-        self._took_over_at_s = 0.0
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
-        keep_stepping(lambda: self.step(time.monotonic()), stop, role="matcher")
+        keep_stepping(
+            lambda: self.step(time.monotonic()), stop, role="matcher", on_trouble=self._door.look_again
+        )
 
     def step(self, now_s: float) -> int:
         """Match one batch; return how many rollouts it held. Raises BrokerError."""
@@ -89,17 +88,9 @@ class Matcher:
 
     def _read(self, now_s: float) -> list[RawEntry]:
         count = self._settings.batch_size
-        if not self._own_pending_done:
-            entries = self._door.read_own_pending(count=count)
-            self._own_pending_done = not entries
-            if entries:
-                return entries
-        if now_s - self._took_over_at_s > TAKE_OVER_EVERY_S:
-            entries = self._door.take_over_idle(count=count)
-            if entries:
-                log.warning("matcher: took over %d rollouts of another matcher", len(entries))
-                return entries
-            self._took_over_at_s = now_s
+        # between batches nothing is in hand, so what is pending here was lost on its way
+        if self._door.is_due(now_s) and (entries := self._door.found_again(now_s, count=count)):
+            return entries
         return self._door.read(count=count, block_ms=self._settings.block_ms)
 
     def _oldest_policy_version(self, policy: PublishedPolicy | None) -> int:

@@ -45,16 +45,15 @@ class StepPacker:
         self._metrics = metrics
         self._settings = settings
         self._held: dict[str, PendingDescriptor] = {}
-        self._taken_over = False
         self._fill_warning = FillWarning(settings.min_fill_ratio)
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
-        keep_stepping(self.step, stop, role="packer")
+        keep_stepping(self.step, stop, role="packer", on_trouble=self._door.look_again)
 
     def step(self) -> int:
         """Read once and seal the open step if it is complete; return the number of packs made."""
-        self._read()
+        self._read(time.monotonic())
         open_step = read_status(self._door.broker, self._settings.world_size).open_step
         if open_step is None or open_step.sealed:
             return 0
@@ -68,16 +67,13 @@ class StepPacker:
         ]
         return self._seal(open_step, carried, sorted(own, key=_request_order))
 
-    def _read(self) -> None:
-        if not self._taken_over:
-            start_id, first = b"0-0", True
-            while first or start_id != b"0-0":
-                start_id, batch = self._door.take_over(start_id=start_id)
-                self._held.update({item.descriptor.record_id: item for item in batch})
-                first = False
-            self._taken_over = True
-        for item in self._door.read(count=READ_COUNT, block_ms=self._settings.block_ms):
-            self._held[item.descriptor.record_id] = item
+    def _read(self, now_s: float) -> None:
+        found: list[PendingDescriptor] = []
+        if self._door.is_due(now_s):
+            held = {item.entry_id for item in self._held.values()}
+            found = self._door.found_again(now_s, count=READ_COUNT, held=held)
+        found = found or self._door.read(count=READ_COUNT, block_ms=self._settings.block_ms)
+        self._held.update({item.descriptor.record_id: item for item in found})
 
     def _seal(
         self, open_step: OpenStep, carried: Sequence[PendingDescriptor], own: Sequence[PendingDescriptor]

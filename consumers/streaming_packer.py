@@ -35,7 +35,7 @@ class StreamingPackerSettings:
 
 
 class StreamingPacker:
-    """One packer process. On start it takes over whatever a packer held before."""
+    """One packer process. What is pending and not in its buffer it finds again by itself."""
 
     def __init__(self, door: PackerDoor, metrics: PackerMetrics, settings: StreamingPackerSettings) -> None:
         self._door = door
@@ -44,18 +44,19 @@ class StreamingPacker:
         self._buffer = PackBuffer(settings.buffer)
         self._entries: dict[str, PendingDescriptor] = {}
         self._news_at_s = 0.0
-        self._taken_over = False
         self._fill_warning = FillWarning(settings.buffer.min_fill_ratio)
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
-        keep_stepping(lambda: self.step(time.monotonic()), stop, role="packer")
+        keep_stepping(
+            lambda: self.step(time.monotonic()), stop, role="packer", on_trouble=self._door.look_again
+        )
 
     def step(self, now_s: float) -> int:
         """Read, drop, pack once; return the number of packs made. Raises BrokerError."""
         policy = read_policy(self._door.broker)
         oldest = oldest_allowed(policy.policy_version if policy else 0, self._settings.version_window)
-        if self._admit(self._read()):
+        if self._admit(self._read(now_s)):
             self._news_at_s = now_s
         self._drop_stale(oldest)
         num_packs = 0
@@ -67,18 +68,16 @@ class StreamingPacker:
         self._metrics.on_buffer(len(self._buffer))
         return num_packs
 
-    def _read(self) -> list[PendingDescriptor]:
-        if not self._taken_over:
-            found: list[PendingDescriptor] = []
-            start_id, first = b"0-0", True
-            while first or start_id != b"0-0":
-                start_id, batch = self._door.take_over(start_id=start_id)
-                found += batch
-                first = False
-            self._taken_over = True
-            return found
+    def _read(self, now_s: float) -> list[PendingDescriptor]:
         places = min(READ_COUNT, self._buffer.num_free_places)
-        return self._door.read(count=places, block_ms=self._settings.block_ms) if places else []
+        if not places:
+            return []
+        if self._door.is_due(now_s):
+            held = {item.entry_id for item in self._entries.values()}
+            found = self._door.found_again(now_s, count=places, held=held)
+            if found:
+                return found
+        return self._door.read(count=places, block_ms=self._settings.block_ms)
 
     def _admit(self, pending: list[PendingDescriptor]) -> int:
         num_admitted = 0

@@ -39,6 +39,8 @@ STATUS: Final = Grant(
     commands="multi exec hget hgetall xlen zcard zrange",
     reads="policy segments matched claims counters open_step dispatch ready:*",
 )
+# what every consumer of a group does; both are writes, to what is pending
+CONSUME: Final = "xack xautoclaim xreadgroup xinfo|consumers xgroup|delconsumer"
 # every role makes the groups when it connects, and asks for the version of the server
 CONNECT: Final = (
     Grant(commands="ping info select echo client|setname client|id script|load"),
@@ -82,8 +84,8 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "matcher": (
         Grant(
             commands=(
-                f"{CALL} hincrby mget set strlen getrange rename persist unlink smismember srem "
-                "xack xadd xautoclaim xdel xrange xreadgroup"
+                f"{CALL} {CONSUME} hincrby mget set strlen getrange rename persist unlink smismember srem "
+                "xadd xdel xrange"
             ),
             writes="events counters segments matched rejected evaluations admitted body:* made:* payload:*",
         ),
@@ -92,8 +94,8 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "packer": (
         Grant(
             commands=(
-                f"{CALL} hexists hget hincrby hset strlen unlink zadd zrem "
-                "xack xadd xautoclaim xdel xlen xpending xrange xreadgroup"
+                f"{CALL} {CONSUME} hexists hget hincrby hset strlen unlink zadd zrem "
+                "xadd xdel xlen xpending xrange"
             ),
             writes="events counters matched sealed open_step ready:* payload:*",
         ),

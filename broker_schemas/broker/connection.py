@@ -13,7 +13,7 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused, BrokerUnavailable
+from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused, BrokerUnavailable, GroupGone
 
 LOWEST_SERVER: Final = (6, 2, 0)
 _TLS_REFUSAL: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED|\[X509|\[PEM")
@@ -138,6 +138,8 @@ def _from_response(doing: str, exc: redis.exceptions.ResponseError) -> BrokerErr
         return BrokerRefused(f"{doing}: the broker wants a password ({text}); set it in the environment")
     if "OOM" in text:
         return BrokerFull(f"{doing}: the server is out of memory ({text}); raise maxmemory or free a run")
+    if "NOGROUP" in text:
+        return GroupGone(f"{doing}: the broker answers {text}")
     # a script's caller lacks a right: Redis 6.2 says so in words of its own
     if "NOPERM" in text or "The user executing the script can't" in text or "ACL failure in script" in text:
         return BrokerRefused(f"{doing}: this user may not do that ({text}); check the ACL file")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
+from broker_schemas.broker.group_reader import IDLE_MS, GroupReader, Row
 from broker_schemas.broker.keys import MATCHER_GROUP
 from broker_schemas.errors import BrokerUnavailable
 from broker_schemas.records.records import NOT_STEP_BOUND, MatchedSegment
@@ -44,46 +45,27 @@ class MatchVerdict:
     result_body: bytes = b""
 
 
-@dataclass
 class MatcherDoor:
     """One matcher's side of the broker; ``consumer`` is its stable name. All methods raise BrokerError."""
 
-    broker: Broker
-    consumer: str
-    idle_ms: int = 15_000
-    _autoclaim_from: bytes = field(default=b"0-0", init=False)
+    def __init__(self, broker: Broker, consumer: str, *, idle_ms: int = IDLE_MS) -> None:
+        self.broker = broker
+        self._reader = GroupReader(broker, "segments", MATCHER_GROUP, consumer, idle_ms)
+        self.look_again = self._reader.look_again
+        self.is_due = self._reader.is_due
 
     def read(self, *, count: int, block_ms: int) -> list[RawEntry]:
         """Return up to ``count`` new rollouts, waiting up to ``block_ms`` for the first; may be empty."""
-        stream = self.broker.keys.named("segments")
-        with broker_errors("reading rollouts"):
-            reply = self.broker.client.xreadgroup(
-                MATCHER_GROUP, self.consumer, {stream: ">"}, count=count, block=block_ms
-            )
-        return self._with_bodies(rows_of(reply))
+        return self._with_bodies(self._reader.read(count=count, block_ms=block_ms))
 
-    def read_own_pending(self, *, count: int) -> list[RawEntry]:
-        """Return rollouts this consumer was given before and never committed (after a restart)."""
-        stream = self.broker.keys.named("segments")
-        with broker_errors("reading own pending rollouts"):
-            reply = self.broker.client.xreadgroup(MATCHER_GROUP, self.consumer, {stream: "0"}, count=count)
-        return self._with_bodies(rows_of(reply))
+    def found_again(self, now_s: float, *, count: int) -> list[RawEntry]:
+        """Return rollouts that are pending and in nobody's hands: see ``GroupReader.found_again``.
 
-    def take_over_idle(self, *, count: int) -> list[RawEntry]:
-        """Return rollouts that another consumer has held for longer than ``idle_ms``."""
-        with broker_errors("taking over idle rollouts"):
-            reply = self.broker.client.xautoclaim(
-                self.broker.keys.named("segments"),
-                MATCHER_GROUP,
-                self.consumer,
-                self.idle_ms,
-                start_id=self._autoclaim_from,
-                count=count,
-            )
-        self._autoclaim_from = reply[0]
-        return self._with_bodies(reply[1])
+        Whatever this matcher was given and has not committed is among them: ask between batches only.
+        """
+        return self._with_bodies(self._reader.found_again(now_s, count=count))
 
-    def _with_bodies(self, rows: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> list[RawEntry]:
+    def _with_bodies(self, rows: Sequence[Row]) -> list[RawEntry]:
         """Return rows of the stream as entries, with the bodies that lie beside it."""
         entries = [read_entry(entry_id, fields) for entry_id, fields in rows if fields]
         apart = [entry for entry in entries if entry.body is None]
@@ -151,14 +133,3 @@ def read_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> RawEntry:
 
 def _number(raw: bytes | None) -> int:
     return int(raw) if raw is not None and raw.isdigit() and len(raw) < 19 else 0
-
-
-def rows_of(reply: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """Return the rows of an XREADGROUP reply over one stream (RESP2 list or RESP3 map)."""
-    if not reply:
-        return []
-    batches = reply.values() if isinstance(reply, dict) else [batch for _, batch in reply]
-    found: list[tuple[bytes, dict[bytes, bytes]]] = []
-    for batch in batches:
-        found += batch[0] if batch and isinstance(batch[0], list) else batch
-    return found

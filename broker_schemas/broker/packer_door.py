@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
+from broker_schemas.broker.group_reader import IDLE_MS, GroupReader, Row
 from broker_schemas.broker.keys import PACKER_GROUP
 from broker_schemas.errors import RecordError
 from broker_schemas.records import codec
@@ -40,53 +41,27 @@ class PackCommit:
     gone: tuple[str, ...] = ()
 
 
-@dataclass
 class PackerDoor:
     """The packer's side of the broker. All methods raise BrokerError."""
 
-    broker: Broker
-    consumer: str = "packer"
+    def __init__(self, broker: Broker, consumer: str = "packer", *, idle_ms: int = IDLE_MS) -> None:
+        self.broker = broker
+        self._reader = GroupReader(broker, "matched", PACKER_GROUP, consumer, idle_ms)
+        self.look_again = self._reader.look_again
+        self.is_due = self._reader.is_due
 
-    def read(self, *, count: int, block_ms: int, own_pending: bool = False) -> list[PendingDescriptor]:
-        """Return up to ``count`` descriptors: new ones, or those held before a restart."""
-        stream = self.broker.keys.named("matched")
-        start = "0" if own_pending else ">"
-        with broker_errors("reading matched segments"):
-            reply = self.broker.client.xreadgroup(
-                PACKER_GROUP,
-                self.consumer,
-                {stream: start},
-                count=count,
-                block=None if own_pending else block_ms,
-            )
-        return self._decoded(reply)
+    def read(self, *, count: int, block_ms: int) -> list[PendingDescriptor]:
+        """Return up to ``count`` new descriptors, waiting up to ``block_ms`` for the first; may be empty."""
+        return self._rows(self._reader.read(count=count, block_ms=block_ms))
 
-    def take_over(
-        self, *, start_id: bytes = b"0-0", count: int = 512
-    ) -> tuple[bytes, list[PendingDescriptor]]:
-        """Take what any other packer held: where to go on (``0-0`` at the end) and the descriptors."""
-        with broker_errors("taking over matched segments"):
-            reply = self.broker.client.xautoclaim(
-                self.broker.keys.named("matched"),
-                PACKER_GROUP,
-                self.consumer,
-                0,
-                start_id=start_id,
-                count=count,
-            )
-        return reply[0], self._rows(reply[1])
+    def found_again(self, now_s: float, *, count: int, held: Container[bytes]) -> list[PendingDescriptor]:
+        """Return descriptors that are pending, in nobody's hands, and not ``held`` (entry ids) by the caller.
 
-    def _decoded(self, reply: object) -> list[PendingDescriptor]:
-        if not reply:
-            return []
-        batches = reply.values() if isinstance(reply, dict) else [batch for _, batch in reply]  # type: ignore[attr-defined]
-        found: list[PendingDescriptor] = []
-        for batch in batches:
-            rows = batch[0] if batch and isinstance(batch[0], list) else batch
-            found += self._rows(rows)
-        return found
+        See ``GroupReader.found_again``.
+        """
+        return self._rows(self._reader.found_again(now_s, count=count, held=held))
 
-    def _rows(self, rows: Sequence[tuple[bytes, dict[bytes, bytes]]]) -> list[PendingDescriptor]:
+    def _rows(self, rows: Sequence[Row]) -> list[PendingDescriptor]:
         found: list[PendingDescriptor] = []
         for entry_id, fields in rows:
             if not fields:

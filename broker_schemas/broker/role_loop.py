@@ -15,12 +15,17 @@ LONGEST_PAUSE_S: Final = 5.0
 
 
 def keep_stepping(
-    step: Callable[[], object], stop: threading.Event, *, role: str, pause_s: float = 0.0
+    step: Callable[[], object],
+    stop: threading.Event,
+    *,
+    role: str,
+    pause_s: float = 0.0,
+    on_trouble: Callable[[], None] = lambda: None,
 ) -> None:
     """Call ``step`` until ``stop`` is set, ``pause_s`` apart (0: it blocks by itself).
 
     A BrokerError is logged and waited out with backoff, 0.1 s doubling to 5 s; any other error ends the role,
-    and so does BrokerRefused: asking again would not help.
+    and so does BrokerRefused: asking again would not help. ``on_trouble`` is told of each BrokerError.
     """
     trouble_pause_s = FIRST_PAUSE_S
     while not stop.is_set():
@@ -30,6 +35,7 @@ def keep_stepping(
             raise
         except BrokerError as exc:
             log.warning("%s: %s; trying again", role, exc)
+            on_trouble()
             stop.wait(trouble_pause_s)
             trouble_pause_s = min(2 * trouble_pause_s, LONGEST_PAUSE_S)
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 from broker_schemas.broker.packer_door import PendingDescriptor, PlannedPack
@@ -10,6 +11,16 @@ from broker_schemas.records.packs import ReadyPack
 from broker_schemas.records.records import MatchedSegment
 from tests.builders.records import a_segment
 from tests.contract.queue_model import ModelPack
+
+# how often each command comes, so that rollouts get as far as being trained and settled
+COMMANDS = {
+    "issue": 4, "reissue": 3, "renew": 3, "fail": 1,
+    "push": 8, "push_into_a_full_broker": 1, "add_past_the_script": 1,
+    "matcher_reads": 8, "matcher_takes_over": 2, "matcher_crashes": 2, "matcher_commits": 10,
+    "packer_reads": 8, "packer_takes_over": 2, "packer_crashes": 2, "packer_commits": 10, "packer_drops": 1,
+    "claim": 9, "commit_step": 5, "settle": 2, "publish": 1,
+}  # fmt: skip
+WEIGHTED = tuple(name for name, weight in COMMANDS.items() for _ in range(weight))
 
 
 def segment_named(name: str, policy_version: int) -> MatchedSegment:
@@ -53,3 +64,11 @@ def planned_pack(pack: ModelPack, members: list[PendingDescriptor]) -> PlannedPa
         ),
         entry_ids=tuple(item.entry_id for item in members),
     )
+
+
+def until_empty(look: Callable[[], list[str]]) -> list[str]:
+    """Return what ``look`` finds until it finds nothing."""
+    found: list[str] = []
+    while more := look():
+        found += more
+    return found

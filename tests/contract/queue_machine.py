@@ -36,27 +36,20 @@ from broker_schemas.records.ledger import Ledger
 from tests.builders.records import a_rollout
 from tests.contract.live_state import check_sums, read_live_state
 from tests.contract.queue_hands import (
+    WEIGHTED,
     busiest,
     planned_pack,
     segment_named,
     still_useful,
     take,
     take_over,
+    until_empty,
 )
 from tests.contract.queue_model import WORLD_SIZE, ModelPack, QueueModel
 
 MATCHERS, PACKERS = ("m-0", "m-1"), ("p-0", "p-1")
 OVER, FRESH = LeaseSettings(lease_ms=-1, max_attempts=3), LeaseSettings(lease_ms=600_000, max_attempts=3)
 LARGEST_BODY = 1_000
-# how often each command comes, so that rollouts get as far as being trained and settled
-COMMANDS = {
-    "issue": 4, "reissue": 3, "renew": 3, "fail": 1,
-    "push": 8, "push_into_a_full_broker": 1, "add_past_the_script": 1,
-    "matcher_reads": 8, "matcher_takes_over": 2, "matcher_crashes": 2, "matcher_commits": 10,
-    "packer_reads": 8, "packer_takes_over": 2, "packer_crashes": 2, "packer_commits": 10, "packer_drops": 1,
-    "claim": 9, "commit_step": 5, "settle": 2, "publish": 1,
-}  # fmt: skip
-WEIGHTED = tuple(name for name, weight in COMMANDS.items() for _ in range(weight))
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -202,17 +195,18 @@ class QueueMachine(RuleBasedStateMachine):
 
     def matcher_takes_over(self, rng: random.Random) -> None:
         name = rng.choice(MATCHERS)
-        found = self.hold(name, self.matchers[name].take_over_idle(count=100))
-        assert found == take_over(self.model.segments, name)
+        look = MatcherDoor(self.broker, name, idle_ms=0).found_again
+        found = until_empty(lambda: self.hold(name, look(0.0, count=9)))
+        assert {*found} == {*take_over(self.model.segments, name)}
 
     def matcher_crashes(self, rng: random.Random) -> None:
         self.start_matcher(rng.choice(MATCHERS))
 
     def start_matcher(self, name: str) -> None:
         """What it held before a crash is what it reads first."""
-        self.matchers[name] = MatcherDoor(self.broker, name, idle_ms=0)
+        self.matchers[name] = MatcherDoor(self.broker, name)
         self.entries[name] = {}
-        found = self.hold(name, self.matchers[name].read_own_pending(count=100))
+        found = self.hold(name, self.matchers[name].found_again(0.0, count=100))
         assert found == [item for item, owner in self.model.segments.items() if owner == name]
 
     def hold(self, name: str, entries: list[RawEntry]) -> list[str]:
@@ -258,13 +252,15 @@ class QueueMachine(RuleBasedStateMachine):
 
     def packer_takes_over(self, rng: random.Random) -> None:
         name = rng.choice(PACKERS)
-        _, found = PackerDoor(self.broker, name).take_over()
-        assert self.keep(name, found) == take_over(self.model.matched, name)
+        door = PackerDoor(self.broker, name, idle_ms=0)
+        held = {item.entry_id for item in self.held[name].values()} if rng.random() < 0.5 else set()
+        found = until_empty(lambda: self.keep(name, door.found_again(0.0, count=9, held=held)))
+        assert {*found, *(self.held[name] if held else ())} >= {*take_over(self.model.matched, name)}
 
     def packer_crashes(self, rng: random.Random) -> None:
         name = rng.choice(PACKERS)
-        self.held[name] = {}
-        found = PackerDoor(self.broker, name).read(count=100, block_ms=1, own_pending=True)
+        self.held[name], door = {}, PackerDoor(self.broker, name)
+        found = door.found_again(0.0, count=100, held=())
         assert self.keep(name, found) == [item for item, owner in self.model.matched.items() if owner == name]
 
     def keep(self, name: str, found: list[PendingDescriptor]) -> list[str]:
@@ -301,8 +297,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def packer_drops(self, rng: random.Random) -> None:
         name = rng.choice(PACKERS)
-        held = list(self.held[name].values())
-        chosen = rng.sample(held, min(len(held), rng.randint(0, 2)))
+        chosen = rng.sample(list(self.held[name].values()), min(len(self.held[name]), rng.randint(0, 2)))
         pairs = [(item.entry_id, item.descriptor.record_id) for item in chosen]
         dropped = PackerDoor(self.broker, name).drop(pairs, reason="stale")
         assert dropped == self.model.drop_matched([record_id for _, record_id in pairs], "stale")

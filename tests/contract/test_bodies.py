@@ -175,7 +175,7 @@ def test_a_segment_that_is_gone_before_it_is_taken_leaves_its_rollout_pending(br
     broker.client.set(broker.keys.made("b"), a_segment("b").encode_body(), ex=120)
     streams = ["segments", "matched", "rejected", "evaluations"]
     assert broker.run("commit_match", streams, ["matcher", 0, 2, *lines]) == b"no_body matched"
-    assert [entry.record_id for entry in door.read_own_pending(count=9)] == ["a"]
+    assert [entry.record_id for entry in door.found_again(0.0, count=9)] == ["a"]
 
 
 @pytest.mark.req("Q-12")
@@ -184,7 +184,7 @@ def test_a_stale_or_lost_commit_leaves_no_payload(broker: Broker) -> None:
     first, second = MatcherDoor(broker, "m-0", idle_ms=0), MatcherDoor(broker, "m-1", idle_ms=0)
     entries = first.read(count=9, block_ms=1)
     verdicts = [MatchVerdict(entry=entry, outcome="matched", segment=a_segment("a")) for entry in entries]
-    assert second.take_over_idle(count=9)
+    assert second.found_again(0.0, count=9)
     assert second.commit(verdicts, oldest_policy_version=2) == ["dropped"]
     assert first.commit(verdicts, oldest_policy_version=0) == ["gone"]
     for kind in ("raw", "body", "made", "payload"):

@@ -13,7 +13,7 @@ from broker_schemas.broker.rollout_requests import RolloutRequest
 from broker_schemas.errors import BrokerError, BrokerRefused
 from producers.jobs import enqueue_request, rollout_queue
 from rollstream.wiring import access
-from tests.config_builders import load_mapping, make_mapping, put
+from tests.builders.configs import load_mapping, make_mapping, put
 from tests.redis_servers import program_or_skip, running_server
 
 

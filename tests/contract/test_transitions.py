@@ -40,14 +40,21 @@ def push(broker: Broker, *record_ids: str, version: int = 0) -> list[str]:
     return list(SegmentSink(broker).push([a_rollout(name, policy_version=version) for name in record_ids]))
 
 
-def match_all(broker: Broker, *, oldest: int = 0, num_tokens: int = 20) -> list[str]:
+def match_all(
+    broker: Broker, *, oldest: int = 0, num_tokens: int = 20, optimizer_step: int = -1
+) -> list[str]:
     door = MatcherDoor(broker, "matcher-0")
     entries = door.read(count=100, block_ms=1)
     verdicts = [
         MatchVerdict(
             entry=entry,
             outcome="matched",
-            segment=a_segment(entry.record_id, num_tokens, policy_version=entry.policy_version),
+            segment=a_segment(
+                entry.record_id,
+                num_tokens,
+                policy_version=entry.policy_version,
+                optimizer_step=optimizer_step,
+            ),
         )
         for entry in entries
     ]
@@ -200,7 +207,7 @@ def test_two_matchers_with_the_same_rollout_commit_it_once(broker: Broker) -> No
     push(broker, "a")
     first, second = MatcherDoor(broker, "m-0", idle_ms=0), MatcherDoor(broker, "m-1", idle_ms=0)
     held = first.read(count=10, block_ms=1)
-    taken = second.take_over_idle(count=10)
+    taken = second.found_again(0.0, count=10)
     assert [entry.record_id for entry in taken] == ["a"]
     verdicts = [MatchVerdict(entry=entry, outcome="matched", segment=a_segment("a")) for entry in held]
     assert second.commit(verdicts, oldest_policy_version=0) == ["matched"]
@@ -212,7 +219,7 @@ def test_two_matchers_with_the_same_rollout_commit_it_once(broker: Broker) -> No
 def test_a_matcher_that_comes_back_finds_what_it_held(broker: Broker) -> None:
     push(broker, "a", "b")
     MatcherDoor(broker, "m-0").read(count=1, block_ms=1)
-    assert [entry.record_id for entry in MatcherDoor(broker, "m-0").read_own_pending(count=10)] == ["a"]
+    assert [entry.record_id for entry in MatcherDoor(broker, "m-0").found_again(0.0, count=10)] == ["a"]
 
 
 @pytest.mark.req("Q-5", "Q-17")

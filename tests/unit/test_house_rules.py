@@ -25,7 +25,16 @@ from tests.source_tree import (
 # adapters and loops; every other module of broker_schemas and of a role is a core
 EDGES: Final = {
     "broker_schemas": {
-        *("broker", "client", "connection", "event_log", "learner_door", "matcher_door", "packer_door"),
+        *(
+            "broker",
+            "client",
+            "connection",
+            "event_log",
+            "group_reader",
+            "learner_door",
+            "matcher_door",
+            "packer_door",
+        ),
         *("payloads", "policy", "role_loop", "rollout_requests", "script_library", "server_lock", "status"),
         "vllm_http",
     },

@@ -5,6 +5,7 @@
 -- ARGV[4]  cursor the archive believes is noted here; left out: whatever it is
 -- Reply: {1, cursor noted now}, or {0, cursor that is noted}: another than believed, nothing is changed.
 local noted = redis.call('HGET', KEYS[3], 'cursor') or '0-0'
+if noted == ARGV[2] and noted ~= '0-0' then return {1, noted} end -- said again
 if ARGV[4] and ARGV[4] ~= noted then return {0, noted} end
 redis.call('HSET', KEYS[3], 'cursor', ARGV[2])
 local surplus = redis.call('XLEN', EVENTS) - tonumber(ARGV[3])
