@@ -10,6 +10,7 @@ from consumers.window import schedule_window
 
 # rank -> its packs in micro-step order -> indices into the lengths given, rising
 StepPlan = list[list[list[int]]]
+PackList = list[list[int]]
 
 
 def plan_window(lengths: Sequence[int], capacity: int, *, num_micro_steps: int, num_ranks: int) -> StepPlan:
@@ -68,3 +69,29 @@ def plan_micro(
             taken = set(chosen)
             held[rank] = [index for place, index in enumerate(mine) if place not in taken]
     return plan
+
+
+TARGET_FILL = 0.9
+LOOKAHEAD_PACKS = 1.5
+
+
+def filled_packs(lengths: Sequence[int], capacity: int, method: SelectionMethod = "exact") -> PackList:
+    """Return the packs that fill while a step's rollouts still arrive, as rising indices into ``lengths``.
+
+    ``lengths`` (tokens) are in order of arrival. A pack leaves when it is filled to `TARGET_FILL`, or when
+    `LOOKAHEAD_PACKS` packs' worth wait; what comes later changes no pack that left. Empty for no lengths.
+    """
+    packs: PackList = []
+    held: list[int] = []
+    for index in range(len(lengths)):
+        held.append(index)
+        while sum(lengths[i] for i in held) >= TARGET_FILL * capacity:
+            chosen = select_pack([lengths[i] for i in held], capacity, method)
+            num_held = sum(lengths[i] for i in held)
+            fill = sum(lengths[held[place]] for place in chosen) / capacity
+            if fill < TARGET_FILL and num_held < LOOKAHEAD_PACKS * capacity:
+                break
+            packs.append([held[place] for place in chosen])
+            taken = set(packs[-1])
+            held = [i for i in held if i not in taken]
+    return packs

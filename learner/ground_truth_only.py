@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from broker_schemas.errors import RunStopped
-from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
 
 
@@ -24,6 +24,10 @@ class GroundTruthOnlyBroker:
         return StepClaim(
             optimizer_step=optimizer_step, kind="A", reason="schedule", policy_version=policy_version
         )
+
+    def filled_packs(self, optimizer_step: int) -> Sequence[tuple[ReadyPack, ...]]:
+        """There are none: no step has rollouts."""
+        return ()
 
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         if record_ids:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
 from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
-from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
 from learner.ports import LearnerBroker
 
@@ -22,7 +22,8 @@ Answer = TypeVar("Answer")
 
 
 class PatientBroker:
-    """Waits for a broker that is away or full; ``claim_step`` is not waited for: its caller has a deadline.
+    """Waits for a broker that is away or full; ``claim_step`` and ``filled_packs`` are not waited for:
+    their caller has a deadline.
 
     ``stall_timeout_s`` counts from the first call that failed since one worked. ``clock`` is monotonic.
     All methods raise DeadlinePassed naming the broker, and what the port raises.
@@ -50,6 +51,10 @@ class PatientBroker:
         return self._broker.claim_step(
             optimizer_step=optimizer_step, scheduled_kind=scheduled_kind, policy_version=policy_version
         )
+
+    def filled_packs(self, optimizer_step: int) -> Sequence[tuple[ReadyPack, ...]]:
+        """Ask once; raises BrokerError."""
+        return self._broker.filled_packs(optimizer_step)
 
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         return self._ask(lambda: self._broker.fetch_segments(record_ids))

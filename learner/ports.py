@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import SegmentPixels
 
@@ -23,6 +23,10 @@ class LearnerBroker(Protocol):
         self, *, optimizer_step: int, scheduled_kind: Literal["A", "B"], policy_version: int
     ) -> StepClaim | None:
         """Return the decision for the step, or None while it is open: ask again. An answer is final."""
+        ...
+
+    def filled_packs(self, optimizer_step: int) -> Sequence[tuple[ReadyPack, ...]]:
+        """Return, for each rank, the packs of the open step that are ready before its claim, in its order."""
         ...
 
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:

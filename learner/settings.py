@@ -33,6 +33,8 @@ class LearnerSettings:
     optimizer steps, 0 only at the end and never. ``evaluation_timeout_s``: how long the other ranks wait
     for rank 0's evaluation; ``publication_timeout_s`` for its publication, None ``stall_timeout_s``.
     ``publication_dtype``: format of published weights, None as the model computes.
+    ``num_rollouts_in_step``: the segments of every B step where its packs are trained as they fill [S-8];
+    None where a step is trained when it is claimed.
     """
 
     checkpoints_dir: Path
@@ -57,4 +59,5 @@ class LearnerSettings:
     precision: Precision = "float32"
     publication_dtype: torch.dtype | None = None
     is_checkpointing_activations: bool = False
+    num_rollouts_in_step: int | None = None
     early_stop: EarlyStopSettings = EarlyStopSettings()

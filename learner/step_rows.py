@@ -64,10 +64,11 @@ class RowLoader:
         """Return the denominator of the step's loss: its segments over all ranks."""
         return claim.num_segments if claim.kind == "B" else self._ground_truth(claim).num_segments
 
-    def rows_of(self, claim: StepClaim) -> Iterator[LoadedRow]:
-        """Yield this rank's rows of the step in micro-step order; none where it has no pack."""
+    def rows_of(self, claim: StepClaim, *, num_taken: int = 0) -> Iterator[LoadedRow]:
+        """Yield this rank's rows of the step in micro-step order, but for the first ``num_taken``."""
         if claim.kind == "B":
-            yield from self._rollout_rows(claim)
+            packs = claim.packs[self._rank][num_taken:]
+            yield from self.rows_of_packs(packs, claim.optimizer_step, claim.policy_version)
             return
         optimizer_step = claim.optimizer_step
         ahead, self._ahead = self._ahead, None
@@ -87,23 +88,25 @@ class RowLoader:
         """Stop the thread after the row it works on."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _rollout_rows(self, claim: StepClaim) -> Iterator[LoadedRow]:
-        packs = claim.packs[self._rank]
+    def rows_of_packs(
+        self, packs: Sequence[ReadyPack], optimizer_step: int, policy_version: int
+    ) -> Iterator[LoadedRow]:
+        """Yield the rows of packs of a step, in their order; none for no pack."""
         if not packs:
             return
         names = [name for pack in packs for name in pack.record_ids]
         segments = self._sources.broker.fetch_segments(names)
         if [segment.record_id for segment in segments] != names:
             raise DataError(
-                f"optimizer step {claim.optimizer_step}: got segments "
+                f"optimizer step {optimizer_step}: got segments "
                 f"{[segment.record_id for segment in segments]}, expected {names} in this order"
             )
         remaining = iter(segments)
         grouped = [[next(remaining) for _ in pack.record_ids] for pack in packs]
-        waiting = self._thread.submit(self._rollout_row, packs[0], grouped[0], claim.policy_version)
+        waiting = self._thread.submit(self._rollout_row, packs[0], grouped[0], policy_version)
         for pack, members in zip(packs[1:], grouped[1:], strict=True):
             loaded = waiting.result()
-            waiting = self._thread.submit(self._rollout_row, pack, members, claim.policy_version)
+            waiting = self._thread.submit(self._rollout_row, pack, members, policy_version)
             yield loaded
         yield waiting.result()
 

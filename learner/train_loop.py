@@ -17,10 +17,11 @@ from learner.collation import PackedRow
 from learner.determinism import seed_step
 from learner.milestones import LearnerParts, Milestones
 from learner.optimization import build_optimizer, learning_rate_at, set_learning_rate
+from learner.overlapped_rows import StepRows
 from learner.settings import LearnerSettings
-from learner.step_decision import decide_step, scheduled_kind
+from learner.step_decision import FilledPacks, decide_step, scheduled_kind
 from learner.step_report import RankPart, join_parts, log_row
-from learner.step_rows import RowLoader
+from learner.step_rows import LoadedRow, RowLoader
 from learner.train_step import StepUpdate, run_micro_steps, update_weights
 from learner.trained_weights import TrainedWeights
 
@@ -82,11 +83,11 @@ class _Loop:
         milestones.publish(self._state)
         reason = None
         while reason is None and self._state.optimizer_step < self._settings.max_steps:
-            claim = self._decide()
-            if claim is None:
+            decision = self._decide(num_taken=0)
+            is_stopping = None if decision is None else self._train(decision)
+            if is_stopping is None:
                 reason = STOP_REQUESTED
                 break
-            is_stopping = self._train(claim)
             milestones.publish_if_due(self._state)
             self._state, reason = milestones.evaluate_if_due(self._state)
             reason = STOP_REQUESTED if is_stopping and reason is None else reason
@@ -98,10 +99,10 @@ class _Loop:
     def close(self) -> None:
         self._rows.close()
 
-    def _decide(self) -> StepClaim | None:
+    def _decide(self, *, num_taken: int) -> StepClaim | FilledPacks | None:
         started = self._parts.clock()
         optimizer_step = self._state.optimizer_step
-        claim = decide_step(
+        decision = decide_step(
             optimizer_step=optimizer_step,
             policy_version=weights.policy_version_at(optimizer_step, self._settings.sync_every_steps),
             b_ratio=self._settings.b_ratio,
@@ -110,24 +111,27 @@ class _Loop:
             stop=self._parts.stop,
             stall_timeout_s=self._settings.stall_timeout_s,
             clock=self._parts.clock,
+            num_taken=None if self._settings.num_rollouts_in_step is None else num_taken,
         )
         self._decided_in_s = self._parts.clock() - started
-        return claim
+        return decision
 
-    def _train(self, claim: StepClaim) -> bool:
-        """Train one claim on all ranks; return whether any of them was asked to stop."""
+    def _train(self, decision: StepClaim | FilledPacks) -> bool | None:
+        """Train one step on all ranks; return whether any of them was asked to stop, None before its claim.
+
+        Packs that filled before the claim are trained first, in the order in which the claim then names them.
+        """
         clock, started = self._parts.clock, self._parts.clock()
-        settings = self._settings
-        seed_step(settings.seed, claim.optimizer_step, self._ranks.rank)
-        part = RankPart(wait_s=self._decided_in_s)
-        part.sums = run_micro_steps(
-            self._model,
-            self._timed_rows(claim, part),
-            num_segments_in_step=self._rows.num_segments_in_step(claim),
-            loss_settings=settings.loss,
-            device=self._ranks.device,
-        )
-        part.busy_s = clock() - started - (part.wait_s - self._decided_in_s)
+        decided_in_s = self._decided_in_s
+        part, claim = self._micro_steps(decision, RankPart(wait_s=decided_in_s))
+        if claim is not None and not self._is_whole(decision, claim):
+            # more or fewer rollouts than a step has: the means were over the wrong number
+            self._optimizer.zero_grad(set_to_none=True)
+            part, claim = self._micro_steps(claim, RankPart(wait_s=decided_in_s))
+        if claim is None:
+            self._optimizer.zero_grad(set_to_none=True)
+            return None
+        part.busy_s = clock() - started - (part.wait_s - decided_in_s)
         part.is_stop_requested = self._parts.stop.is_set
         self._load_ahead(claim.optimizer_step + 1)
         arrived = clock()
@@ -139,12 +143,35 @@ class _Loop:
         finished = clock()
         joined.wait_s += peers_s
         joined.busy_s += finished - arrived - peers_s
-        step_s = finished - started + self._decided_in_s
+        step_s = finished - started + decided_in_s
         self._commit(claim, joined, update, step_s)
         return joined.is_stop_requested
 
-    def _timed_rows(self, claim: StepClaim, part: RankPart) -> Iterator[PackedRow]:
-        rows = self._rows.rows_of(claim)
+    def _micro_steps(
+        self, decision: StepClaim | FilledPacks, part: RankPart
+    ) -> tuple[RankPart, StepClaim | None]:
+        """Run the micro-steps of a step from its first decision on; return its claim, None for a stop."""
+        settings = self._settings
+        seed_step(settings.seed, decision.optimizer_step, self._ranks.rank)
+        steps = StepRows(self._rows, self._ranks.rank, decide=lambda num: self._decide(num_taken=num))
+        if isinstance(decision, StepClaim):
+            num_segments = self._rows.num_segments_in_step(decision)
+        else:
+            assert settings.num_rollouts_in_step is not None, "only asked for where it is known"
+            num_segments = settings.num_rollouts_in_step
+        part.sums = run_micro_steps(
+            self._model,
+            self._timed_rows(steps.rows_from(decision), part),
+            num_segments_in_step=num_segments,
+            loss_settings=settings.loss,
+            device=self._ranks.device,
+        )
+        return part, steps.claim
+
+    def _is_whole(self, decision: StepClaim | FilledPacks, claim: StepClaim) -> bool:
+        return isinstance(decision, StepClaim) or claim.num_segments == self._settings.num_rollouts_in_step
+
+    def _timed_rows(self, rows: Iterator[LoadedRow], part: RankPart) -> Iterator[PackedRow]:
         while True:
             started = self._parts.clock()
             loaded = next(rows, None)

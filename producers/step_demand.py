@@ -13,5 +13,5 @@ def rollouts_for_open_step(status: RunStatus) -> int:
     step = status.open_step
     if step is None or step.sealed:
         return 0
-    matched_for_step = status.matched_waiting - step.carried
+    matched_for_step = status.matched_waiting - step.carried + step.packed_segments
     return max(0, step.num_rollouts - matched_for_step - status.outstanding)

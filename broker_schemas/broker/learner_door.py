@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, cast
 
 from broker_schemas.broker.broker import Broker
-from broker_schemas.broker.payloads import fetch_segments
+from broker_schemas.broker.payloads import fetch_segments, read_filled_packs
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.errors import RunStopped
 from broker_schemas.records import codec
@@ -85,6 +85,10 @@ class LearnerDoor:
             )
         self._claimed = optimizer_step
         return claim_from_fields(optimizer_step, settings.world_size, reply)
+
+    def filled_packs(self, optimizer_step: int) -> list[tuple[ReadyPack, ...]]:
+        """Return, for each rank, the packs of the step that are ready already, in the order of its claim."""
+        return read_filled_packs(self._broker, optimizer_step, self._settings.world_size)
 
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         """Return the payloads in the order asked."""

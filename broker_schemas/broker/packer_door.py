@@ -82,13 +82,18 @@ class PackerDoor:
         oldest_policy_version: int,
         queue_limit: int,
         sealed_step: int = -1,
+        open_step: int = -1,
     ) -> PackCommit:
-        """Commit all ``packs`` or none; ``sealed_step`` >= 0 says that they complete that optimizer step."""
+        """Commit all ``packs`` or none.
+
+        ``sealed_step`` >= 0 says that they complete that optimizer step, ``open_step`` >= 0 that they belong
+        to it and more are to come.
+        """
         arguments: list[str | int | bytes] = [
             PACKER_GROUP,
             oldest_policy_version,
             queue_limit,
-            sealed_step,
+            sealed_step if open_step < 0 else f"{open_step}+",
             len(packs),
         ]
         for planned in packs:

@@ -1,4 +1,4 @@
-"""Reads payloads: the one way a matched segment leaves the broker."""
+"""Reads payloads and the packs of an open step: what a learner takes without moving anything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
 from broker_schemas.errors import BodyMissing
+from broker_schemas.records import codec
+from broker_schemas.records.packs import ReadyPack
 from broker_schemas.records.records import MatchedSegment
 
 
@@ -26,3 +28,25 @@ def fetch_segments(broker: Broker, record_ids: Sequence[str]) -> list[MatchedSeg
             f"{len(bodies)}; see that nothing else writes to this server and that it evicts nothing"
         )
     return [MatchedSegment.decode_body(bytes(body)) for body in bodies if isinstance(body, bytes)]
+
+
+def read_filled_packs(broker: Broker, optimizer_step: int, world_size: int) -> list[tuple[ReadyPack, ...]]:
+    """Return, for each rank, the ready packs of an open step in the order of its claim; raises BrokerError.
+
+    They stay where they are: only the claim takes them.
+    """
+    keys = broker.keys
+    with broker_errors("looking for packs of the open step"):
+        pipe = broker.client.pipeline(transaction=False)
+        for rank in range(world_size):
+            pipe.xrange(keys.ready(rank))
+        queues = pipe.execute()
+    wanted = str(optimizer_step).encode()
+    return [
+        tuple(
+            ReadyPack.from_body(codec.decode_map(fields[b"pack"]))
+            for _, fields in entries
+            if fields.get(b"step") == wanted
+        )
+        for entries in queues
+    ]

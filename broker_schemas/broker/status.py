@@ -14,6 +14,7 @@ class OpenStep:
     """The optimizer step for which rollouts are wanted (on-policy variants).
 
     ``carried`` matched segments were there before it; ``sealed`` is 1 when its packs are complete.
+    ``packed_segments`` of it left in ``packed_packs`` packs that filled before that.
     """
 
     optimizer_step: int
@@ -21,6 +22,8 @@ class OpenStep:
     num_rollouts: int
     carried: int
     sealed: int
+    packed_segments: int = 0
+    packed_packs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,6 +137,10 @@ class ArchivedClaims:
         claim = archived_claim(self._ledger, step, world_size=self._world_size, capacity=self._capacity)
         return claim if self._selector is None else repack(claim, self._selector, self._capacity)
 
+    def filled_packs(self, optimizer_step: int) -> Sequence[tuple[ReadyPack, ...]]:
+        """There are none: every decision is in the archive."""
+        return ()
+
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         """Return archived payloads; raises DataError for one that is missing."""
         return self._payloads.fetch(record_ids)

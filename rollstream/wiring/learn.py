@@ -105,6 +105,9 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         precision=config.precision,
         publication_dtype=getattr(torch, config.rollout_dtype),
         is_checkpointing_activations=training.activation_checkpointing,
+        num_rollouts_in_step=training.effective_batch_size
+        if config.variant == "stage2_ab_training"
+        else None,
         early_stop=EarlyStopSettings(target_f1=stop.target, patience=stop.patience),
     )
 

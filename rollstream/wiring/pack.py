@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from broker_schemas.broker.packer_door import PackerDoor
 from configs import RunConfig
@@ -10,7 +10,7 @@ from consumers.metrics import PackerMetrics
 from consumers.pack_buffer import PackBufferSettings
 from consumers.packing import require_method
 from consumers.step_packer import Planner, StepPacker, StepPackerSettings
-from consumers.step_plans import StepPlan, plan_micro, plan_step_budget, plan_window
+from consumers.step_plans import PackList, StepPlan, filled_packs, plan_micro, plan_step_budget, plan_window
 from consumers.streaming_packer import StreamingPacker, StreamingPackerSettings
 from rollstream.wiring import access
 
@@ -42,6 +42,18 @@ def step_planner(config: RunConfig) -> Planner:
     return window if config.rollout_matching.post_rollout_pack_scope == "window" else micro
 
 
+def early_packs(config: RunConfig) -> Callable[[Sequence[int]], PackList] | None:
+    """Return what finds the packs that are trained while the rest of their step is generated [S-8].
+
+    Only where the step's number of segments is known before they are: the micro scope carries some over, and
+    the window scope looks at all of them.
+    """
+    training = config.training
+    if config.variant != "stage2_ab_training":
+        return None
+    return lambda lengths: filled_packs(lengths, training.global_max_length, training.packing_selector)
+
+
 def build_packer(config: RunConfig, door: PackerDoor, metrics: PackerMetrics) -> StreamingPacker | StepPacker:
     """Return the packer of the run's variant; raises BinpackingMissing where the selector needs it."""
     training = config.training
@@ -56,6 +68,7 @@ def build_packer(config: RunConfig, door: PackerDoor, metrics: PackerMetrics) ->
                 capacity=training.global_max_length,
                 min_fill_ratio=training.packing_min_fill_ratio,
             ),
+            filled=early_packs(config),
         )
     return StreamingPacker(
         door,

@@ -88,6 +88,10 @@ class FakeBroker:
             packs=tuple(tuple(packs[rank * share : (rank + 1) * share]) for rank in range(self._world_size)),
         )
 
+    def filled_packs(self, optimizer_step: int) -> Sequence[tuple[ReadyPack, ...]]:
+        """There are none."""
+        return ()
+
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         return [self._change_segment(rollout_segment(name)) for name in record_ids]
 

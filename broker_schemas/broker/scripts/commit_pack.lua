@@ -5,13 +5,14 @@
 -- ARGV[2]  group
 -- ARGV[3]  oldest policy version that may be trained on
 -- ARGV[4]  packs a ready queue may hold; 0: no limit. On overflow the oldest pack is dropped
--- ARGV[5]  optimizer step these packs complete, or -1
+-- ARGV[5]  optimizer step these packs complete, or -1; with a + behind it they belong to it and more are to come
 -- ARGV[6]  number of packs, then for each, from ARGV[7]:
 --          rank, pack body, policy version, pack id, number of segments, then entry id and record id of each
 -- Reply: {0, record id, ...}: these are no longer pending, nothing is changed;
 --        {1, packs made, packs dropped as stale, packs dropped by overflow}.
 local group, oldest, limit, num = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
-local step = ARGV[5]
+local step = string.match(ARGV[5], '^-?%d+')
+local seals = step ~= '-1' and step == ARGV[5]
 if step ~= '-1' then -- said again: sealed, or claimed since, or settled since
   local settled = tonumber(redis.call('HGET', COUNTERS, 'settled_steps') or '0')
   if redis.call('HEXISTS', KEYS[4], step) == 1 or redis.call('EXISTS', PREFIX .. 'claim:' .. step) == 1
@@ -64,7 +65,11 @@ for _, pack in ipairs(packs) do
     end
   end
 end
-if step ~= '-1' then
+if step ~= '-1' and not seals and redis.call('HGET', KEYS[5], 'optimizer_step') == step then
+  for _, pack in ipairs(packs) do redis.call('HINCRBY', KEYS[5], 'packed_segments', #pack.ids) end
+  redis.call('HINCRBY', KEYS[5], 'packed_packs', made)
+end
+if seals then
   redis.call('HSET', KEYS[4], step, made)
   if redis.call('HGET', KEYS[5], 'optimizer_step') == step then redis.call('HSET', KEYS[5], 'sealed', 1) end
   emit('sealed', 'optimizer_step', step, 'num_packs', made)
