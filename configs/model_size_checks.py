@@ -61,7 +61,6 @@ def _not_there_yet(config: RunConfig) -> Iterator[Problem]:
     """Keys that this version reads but cannot carry out."""
     training = config.training
     wanted = {
-        "sharding": training.sharding != "none",
         "lora": training.lora.rank is not None,
         "freeze": bool(training.freeze),
         "learning_rates": any(rate is not None for rate in training.learning_rates.__dict__.values()),

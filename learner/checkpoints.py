@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from broker_schemas.errors import RunStopped
+from learner.distributed import Ranks
+from learner.sharding import like_part, local_part
 from learner.trained_weights import TrainedWeights
 from learner.whole_directory import copy_companions, keep_last, numbered_directories, whole_directory
 
@@ -53,25 +55,43 @@ def write_checkpoint(
     state: TrainerState,
     companions: Path,
     num_kept: int,
+    ranks: Ranks,
 ) -> Path:
     """Write ``checkpoint-<optimizer_step>`` whole, then drop all but the ``num_kept`` latest; return its
-    path.
+    path. All ranks call it; rank 0 writes the weights, every rank its part of a sharded optimizer.
 
     ``companions`` is the model folder whose tokenizer and processor files are copied.
     Raises RunStopped when the disk refuses; earlier checkpoints stay as they are.
     """
     final = parent / f"{PREFIX}{state.optimizer_step}"
+    tensors = trained.whole_tensors(keep=ranks.is_first)
+    mine = optimizer_tensors(trained, optimizer)
+    part = parent / f".part-{final.name}-{ranks.rank}"
+    if trained.is_sharded and not ranks.is_first:
+        parent.mkdir(parents=True, exist_ok=True)
+        save_file(mine, part)
+    ranks.barrier(what=f"parts of {final.name}")
+    if not ranks.is_first:
+        return final
     with whole_directory(final) as staging:
         try:
-            save_model_folder(trained.model, staging, companions, tensors=trained.tensors())
-            save_file(optimizer_tensors(trained, optimizer), staging / _OPTIMIZER_FILE)
+            save_model_folder(trained.model, staging, companions, tensors=tensors)
+            save_file(mine, staging / optimizer_file(0))
             save_file(_random_tensors(), staging / _RANDOM_FILE)
         except SafetensorError as exc:  # a full disk comes as the library's own error
             raise OSError(str(exc)) from exc
+        if trained.is_sharded:
+            for rank in range(1, ranks.world_size):
+                (parent / f".part-{final.name}-{rank}").replace(staging / optimizer_file(rank))
         body = {"format": FORMAT, **asdict(state)}
         (staging / _STATE_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
     keep_last(parent, PREFIX, num_kept)
     return final
+
+
+def optimizer_file(rank: int) -> str:
+    """Return the name of one rank's part of the optimizer; rank 0's is all of it where nothing is sharded."""
+    return _OPTIMIZER_FILE if rank == 0 else f"optimizer-{rank}.safetensors"
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
@@ -100,7 +120,7 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
 
 
 def restore_checkpoint(
-    checkpoint: Path, trained: TrainedWeights, optimizer: torch.optim.Optimizer
+    checkpoint: Path, trained: TrainedWeights, optimizer: torch.optim.Optimizer, rank: int = 0
 ) -> TrainerState:
     """Load weights, optimizer and random state into what is given; return the trainer state.
 
@@ -108,7 +128,9 @@ def restore_checkpoint(
     """
     state = read_trainer_state(checkpoint)
     load_weights(checkpoint, trained)
-    load_optimizer_tensors(_read_tensors(checkpoint / _OPTIMIZER_FILE), trained, optimizer)
+    load_optimizer_tensors(
+        _read_tensors(checkpoint / optimizer_file(rank if trained.is_sharded else 0)), trained, optimizer
+    )
     random_state = _read_tensors(checkpoint / _RANDOM_FILE)
     torch.set_rng_state(random_state["cpu"])
     return state
@@ -162,7 +184,9 @@ def optimizer_tensors(trained: TrainedWeights, optimizer: torch.optim.Optimizer)
     for name, parameter in trained.parameters.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             # clone: AdamW's step counters may share storage, which safetensors refuses
-            tensors[f"{name}/{entry}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
+            tensors[f"{name}/{entry}"] = (
+                local_part(torch.as_tensor(value)).detach().cpu().clone().contiguous()
+            )
     return tensors
 
 
@@ -180,7 +204,8 @@ def load_optimizer_tensors(
             )
         parameter = trained.parameters[name]
         device = torch.device("cpu") if entry == "step" and not is_fused else parameter.device
-        optimizer.state[parameter][entry] = value.to(device)
+        moved = value.to(device)
+        optimizer.state[parameter][entry] = moved if entry == "step" else like_part(moved, parameter)
 
 
 def _in_format(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -50,7 +50,9 @@ class Ranks:
         stall_timeout_s: float,
         store: Any = None,
         is_stopping: Callable[[], bool] = lambda: False,
+        local_world_size: int = 0,
     ) -> None:
+        self._local_world_size = local_world_size
         self.rank = rank
         self.world_size = world_size
         self.device = device
@@ -109,6 +111,32 @@ class Ranks:
             for gradient, piece in zip(bucket, pieces, strict=True):
                 gradient.copy_(piece.view_as(gradient))
 
+    def receive(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite ``tensors`` with those of rank 0; the same shapes in the same order on every rank."""
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            try:
+                dist.broadcast(tensor, src=0)
+            except RuntimeError as exc:
+                self._raise_rank_lost(exc, "handing out the weights")
+
+    def sum_number(self, value: Tensor) -> Tensor:
+        """Return the sum of a one-element tensor over the ranks."""
+        if self.world_size == 1:
+            return value
+        total = value.clone()
+        try:
+            dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        except RuntimeError as exc:
+            self._raise_rank_lost(exc, "the gradient norm")
+        return total
+
+    @property
+    def local_world_size(self) -> int:
+        """Ranks on this node, as torchrun says; all of them without it."""
+        return self._local_world_size or self.world_size
+
     def announce_failure(self, error: BaseException) -> RunStopped:
         """Tell all ranks that this one stops; return what every rank raises. The first to announce stands."""
         if isinstance(error, RunStopped):
@@ -165,13 +193,13 @@ class Ranks:
         except RuntimeError as exc:
             self._raise_store_lost(exc)
 
-    def _raise_rank_lost(self, exc: RuntimeError) -> NoReturn:
+    def _raise_rank_lost(self, exc: RuntimeError, what: str = "gradient sum") -> NoReturn:
         # whoever is still there arrives at once; the deadline then names who is not
         self.gather(
-            None, what=f"gradient sum broke off ({exc})", timeout_s=min(_WHO_IS_LEFT_S, self._stall_timeout_s)
+            None, what=f"{what} broke off ({exc})", timeout_s=min(_WHO_IS_LEFT_S, self._stall_timeout_s)
         )
         raise RunStopped(
-            f"rank {self.rank}: gradient sum broke off ({exc}) although all ranks are there; resume from "
+            f"rank {self.rank}: {what} broke off ({exc}) although all ranks are there; resume from "
             "the last checkpoint"
         ) from exc
 
@@ -191,6 +219,7 @@ def connect(
     device: torch.device,
     rendezvous_url: str = "env://",
     is_stopping: Callable[[], bool] = lambda: False,
+    local_world_size: int = 0,
 ) -> Ranks:
     """Return the ranks of this run: gloo on CPU, nccl on GPU; one rank needs no rendezvous.
 
@@ -222,6 +251,7 @@ def connect(
         stall_timeout_s=stall_timeout_s,
         store=store,
         is_stopping=is_stopping,
+        local_world_size=local_world_size,
     )
 
 

@@ -20,7 +20,7 @@ from learner.settings import LearnerSettings
 from learner.step_report import LogRow
 from learner.step_rows import RowSources
 from learner.stop_request import StopRequest
-from learner.trained_weights import TrainedWeights
+from learner.trained_weights import TrainedWeights, unsharded_copy
 from learner.training_log import TrainingLog
 
 LOG = logging.getLogger("rollstream.learner")
@@ -77,7 +77,7 @@ class Milestones:
         if name is None:
             return TrainerState(optimizer_step=0)
         path = self._settings.checkpoints_dir / name
-        state = checkpoints.restore_checkpoint(path, self._trained, self._optimizer)
+        state = checkpoints.restore_checkpoint(path, self._trained, self._optimizer, self._ranks.rank)
         self._covered_step = state.optimizer_step
         if self._ranks.is_first:
             # a kill between writing a checkpoint and settling it left the claims open
@@ -98,10 +98,12 @@ class Milestones:
             return
         what = f"publication of policy version {policy_version}"
         self._ranks.barrier(what=f"start of the {what}")
+        tensors = self._trained.whole_tensors(keep=self._ranks.is_first) if self._trained.is_sharded else None
         if self._ranks.is_first:
             path = weights.publish_weights(
                 settings.policy_dir,
                 trained=self._trained,
+                tensors=tensors,
                 policy_version=policy_version,
                 companions=settings.companions,
                 num_kept=settings.num_policies_kept,
@@ -124,9 +126,10 @@ class Milestones:
         if not is_due:
             return state, None
         results: dict[str, float] = {}
+        model = self._whole_model()
         if self._ranks.is_first and self._parts.evaluate is not None:
-            results = self._parts.evaluate(self._trained.model, done)
-            self._trained.model.train()
+            results = self._parts.evaluate(model, done)
+            model.train()
             if self._parts.evaluation_log is not None:
                 self._parts.evaluation_log.write({"optimizer_step": done - 1, **results})
         what = f"evaluation after optimizer step {done - 1}"
@@ -137,6 +140,16 @@ class Milestones:
         f1 = results["eval_rollout_f1"]
         noted = note_evaluation(state, f1)
         return noted, stop_reason(noted, f1, settings.early_stop)
+
+    def _whole_model(self) -> Any:
+        """Return a model that rank 0 can run by itself: what is trained, or a copy of all its shards."""
+        if not self._trained.is_sharded:
+            return self._trained.model
+        tensors = self._trained.whole_tensors(keep=self._ranks.is_first)
+        if not self._ranks.is_first:
+            return None
+        dtype = self._settings.publication_dtype or torch.float32
+        return unsharded_copy(self._trained.model, tensors, dtype).to(self._ranks.device)
 
     def checkpoint_if_due(self, state: TrainerState) -> None:
         """Write a checkpoint after each ``save_every_steps`` steps."""
@@ -149,15 +162,16 @@ class Milestones:
         done = state.optimizer_step
         if done == self._covered_step:
             return
+        checkpoints.write_checkpoint(
+            self._settings.checkpoints_dir,
+            trained=self._trained,
+            optimizer=self._optimizer,
+            state=state,
+            companions=self._settings.companions,
+            num_kept=self._settings.num_checkpoints_kept,
+            ranks=self._ranks,
+        )
         if self._ranks.is_first:
-            checkpoints.write_checkpoint(
-                self._settings.checkpoints_dir,
-                trained=self._trained,
-                optimizer=self._optimizer,
-                state=state,
-                companions=self._settings.companions,
-                num_kept=self._settings.num_checkpoints_kept,
-            )
             self._broker.settle_checkpoint(optimizer_step=done)
         self._covered_step = done
         self._parts.metrics.on_checkpoint(done)

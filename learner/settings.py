@@ -9,7 +9,7 @@ import torch
 
 from learner.losses import LossSettings
 from learner.optimization import OptimizationSettings
-from learner.trained_weights import Precision
+from learner.sharding import Precision, Sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class LearnerSettings:
     evaluation_timeout_s: float = 3600.0
     publication_timeout_s: float | None = None
     precision: Precision = "float32"
+    sharding: Sharding = "none"
     publication_dtype: torch.dtype | None = None
     is_checkpointing_activations: bool = False
     num_rollouts_in_step: int | None = None

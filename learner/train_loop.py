@@ -15,10 +15,13 @@ from learner import weights
 from learner.checkpoints import TrainerState
 from learner.collation import PackedRow
 from learner.determinism import seed_step
+from learner.filler_rows import with_filler
 from learner.milestones import LearnerParts, Milestones
 from learner.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from learner.overlapped_rows import StepRows
+from learner.packed_forward import RowLoss
 from learner.settings import LearnerSettings
+from learner.sharding import place_model
 from learner.step_decision import FilledPacks, decide_step, scheduled_kind
 from learner.step_report import RankPart, join_parts, log_row
 from learner.step_rows import LoadedRow, RowLoader
@@ -62,10 +65,13 @@ class _Loop:
         self._parts = parts
         self._settings = settings
         self._ranks = parts.ranks
-        self._model = parts.model.to(parts.ranks.device).train()
+        self._row_loss = RowLoss(parts.model.train())
         if settings.is_checkpointing_activations:
-            self._model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._trained = TrainedWeights(self._model, settings.precision)
+            parts.model.gradient_checkpointing_enable({"use_reentrant": False})
+        place_model(self._row_loss, parts.ranks, settings.sharding, settings.precision)
+        is_whole = settings.sharding == "none"
+        # a sharded model has its float32 weights and casts them layer by layer
+        self._trained = TrainedWeights(parts.model, settings.precision if is_whole else "float32")
         self._optimizer = build_optimizer(self._trained.parameters.items(), settings.optimization)
         self._milestones = Milestones(parts, settings, self._trained, self._optimizer)
         self._state = TrainerState(optimizer_step=0)
@@ -160,8 +166,8 @@ class _Loop:
             assert settings.num_rollouts_in_step is not None, "only asked for where it is known"
             num_segments = settings.num_rollouts_in_step
         part.sums = run_micro_steps(
-            self._model,
-            self._timed_rows(steps.rows_from(decision), part),
+            self._row_loss,
+            self._in_step_with_all(self._timed_rows(steps.rows_from(decision), part)),
             num_segments_in_step=num_segments,
             loss_settings=settings.loss,
             device=self._ranks.device,
@@ -180,6 +186,21 @@ class _Loop:
                 return
             part.note_row(loaded)
             yield loaded.row
+
+    def _in_step_with_all(self, rows: Iterator[PackedRow]) -> Iterator[PackedRow]:
+        """Yield ``rows``, and where the model is sharded rows without loss until every rank has done its own.
+
+        Layers are gathered inside a forward pass, so all ranks must run the same number of them, each with
+        an image.
+        """
+        if self._settings.sharding == "none":
+            yield from rows
+            return
+        while True:
+            row = next(rows, None)
+            if not any(self._ranks.gather(row is not None, what="count of the step's rows")):
+                return
+            yield with_filler(row, self._parts.model, self._parts.sources)
 
     def _update(self, optimizer_step: int) -> StepUpdate:
         optimization = self._settings.optimization

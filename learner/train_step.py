@@ -6,16 +6,17 @@ with the claim; so packing, accumulation and world size change nothing [P-9].
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from learner.collation import PackedRow
 from learner.distributed import Ranks
 from learner.losses import LossSettings, SegmentLosses
 from learner.packed_forward import RowLoss
+from learner.sharding import is_sharded, local_part, num_copies
 from learner.trained_weights import TrainedWeights
 
 
@@ -67,7 +68,7 @@ class StepUpdate:
 
 
 def run_micro_steps(
-    model: Any,
+    row_loss: RowLoss,
     rows: Iterable[PackedRow],
     *,
     num_segments_in_step: int,
@@ -79,7 +80,7 @@ def run_micro_steps(
     ``num_segments_in_step`` counts the segments of all ranks. No rows: no gradient, zero sums.
     Raises NonFiniteLoss naming the segment.
     """
-    sums, row_loss = LossSums(), RowLoss(model)
+    sums = LossSums()
     for row in rows:
         on_device = row.to(device)
         total, losses = row_loss(on_device, loss_settings)
@@ -97,13 +98,38 @@ def update_weights(
 ) -> StepUpdate:
     """Sum gradients over the ranks, clip them, take the optimizer's step and clear them."""
     parameters = list(trained.parameters.values())
-    ranks.sum_gradients(parameters)
-    limit = max_grad_norm if max_grad_norm > 0 else float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    ranks.sum_gradients([p for p in parameters if not is_sharded(p)])
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = gradient_norm(gradients, ranks)
+    if 0 < max_grad_norm < norm:
+        for gradient in gradients:
+            local_part(gradient).mul_(max_grad_norm / (norm + 1e-6))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     trained.after_update()
-    return StepUpdate(grad_norm=float(norm), learning_rate=float(optimizer.param_groups[0]["lr"]))
+    return StepUpdate(grad_norm=norm, learning_rate=float(optimizer.param_groups[0]["lr"]))
+
+
+def gradient_norm(gradients: Sequence[Tensor], ranks: Ranks) -> float:
+    """Return the Euclidean norm over all gradients, each counted once however it is spread over the ranks.
+
+    Squares are added in float64 and the result is rounded to float32, so that the same gradients have the
+    same norm in any sharding.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    shared = torch.zeros_like(total)
+    for gradient in gradients:
+        part = torch.linalg.vector_norm(local_part(gradient), dtype=torch.float64).square()
+        if is_sharded(gradient):
+            shared += part / num_copies(gradient, ranks.world_size)
+        else:
+            total += part
+    if any(is_sharded(gradient) for gradient in gradients):
+        total = total + ranks.sum_number(shared)
+    return float(total.sqrt().to(torch.float32))
 
 
 def _sums_of(losses: SegmentLosses, num_tokens: int) -> LossSums:

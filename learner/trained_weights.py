@@ -7,13 +7,13 @@ optimizer's weights, gradient sums and moments are float32, and bfloat16 is what
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-Precision = Literal["bf16", "float32"]
+from learner.sharding import Precision, is_sharded, local_part, take_whole, whole
 
 
 class TrainedWeights:
@@ -37,6 +37,11 @@ class TrainedWeights:
                 self._split(name, parameter)
             parameter.data = parameter.data.to(torch.bfloat16)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds only a part of the weights."""
+        return any(is_sharded(parameter) for parameter in self.parameters.values())
+
     def after_update(self) -> None:
         """Bring what the optimizer moved into the model that computes."""
         with torch.no_grad():
@@ -53,16 +58,32 @@ class TrainedWeights:
                 found[name] = self.parameters[parameter].detach()
         return found
 
+    def whole_tensors(self, *, keep: bool) -> dict[str, Tensor]:
+        """Return copies of ``tensors()`` on the CPU, put together from all ranks; empty without ``keep``.
+
+        Where the model is sharded, every rank must call it.
+        """
+        copies: dict[int, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for name, tensor in self.tensors().items():
+            # tied names stay one tensor
+            place = local_part(tensor).data_ptr()
+            if place not in copies:
+                gathered = whole(tensor.detach())
+                copies[place] = gathered.cpu().clone() if keep else gathered.new_empty(0)
+            found[name] = copies[place]
+        return found if keep else {}
+
     def load(self, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-        """Take ``tensors`` as ``tensors()`` gave them; return (missing, unexpected) names."""
-        missing, unexpected = self.model.load_state_dict(tensors, strict=False)
-        self.model.tie_weights()
+        """Take ``tensors`` as ``whole_tensors()`` gave them; return (missing, unexpected) names."""
+        own = dict(self.model.state_dict())
         with torch.no_grad():
-            for name in self._computing:
-                if name in tensors:
-                    self.parameters[name].copy_(tensors[name])
-        untied = set(missing) - set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        return sorted(untied), list(unexpected)
+            for name in own.keys() & tensors.keys():
+                take_whole(own[name], tensors[name])
+                if name in self._computing:
+                    take_whole(self.parameters[name], tensors[name])
+        untied = own.keys() - tensors.keys() - set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        return sorted(untied), sorted(tensors.keys() - own.keys())
 
     def _split(self, name: str, parameter: Parameter) -> None:
         exact = Parameter(parameter.data.to(torch.float32))
@@ -84,3 +105,12 @@ class TrainedWeights:
         first = {id(parameter): name for name, parameter in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             yield name, first[id(parameter)]
+
+
+def unsharded_copy(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """Return a model of the kind of ``model`` with the weights ``tensors`` in ``dtype``, on the CPU."""
+    from transformers import AutoModelForImageTextToText
+
+    copy = AutoModelForImageTextToText.from_config(model.config, dtype=dtype)
+    TrainedWeights(copy).load(tensors)
+    return copy.eval()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from learner.checkpoints import save_model_folder
 from learner.trained_weights import TrainedWeights
@@ -33,6 +35,7 @@ def publish_weights(
     parent: Path,
     *,
     trained: TrainedWeights,
+    tensors: Mapping[str, Tensor] | None = None,
     policy_version: int,
     companions: Path,
     num_kept: int,
@@ -47,7 +50,7 @@ def publish_weights(
     final = parent / f"{PREFIX}{policy_version}"
     with whole_directory(final) as staging:
         try:
-            save_model_folder(trained.model, staging, companions, dtype=dtype)
+            save_model_folder(trained.model, staging, companions, tensors=tensors, dtype=dtype)
         except SafetensorError as exc:
             raise OSError(str(exc)) from exc
     keep_last(parent, PREFIX, num_kept)

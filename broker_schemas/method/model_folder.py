@@ -61,6 +61,26 @@ def load_policy(model_dir: str | Path, dtype: str = "float32", *, attn_implement
     return model.eval()
 
 
+def empty_policy(model_dir: str | Path) -> Any:
+    """Return the model in ``model_dir`` without its weights, in float32 on the meta device.
+
+    For a rank that receives them from another. Raises DataError for a folder that is no model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder = resolve_model_dir(model_dir)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError) as exc:
+        raise DataError(
+            f"model folder {folder}: no model can be made of its config.json ({exc}); download it again"
+        ) from exc
+    return model.eval()
+
+
 def logits_width(model: Any) -> int:
     """Return the number of logits that ``model`` gives for each position."""
     return int(model.get_output_embeddings().weight.shape[0])

@@ -16,7 +16,7 @@ from broker_schemas.broker.connection import open_redis
 from broker_schemas.broker.keys import RunKeys
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.method.images import ImageProcessor
-from broker_schemas.method.model_folder import load_policy
+from broker_schemas.method.model_folder import empty_policy, load_policy
 from broker_schemas.method.prompt import PromptBuilder
 from configs import RunConfig
 from learner.attention import choose_attention, use_attention
@@ -103,6 +103,7 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         publication_timeout_s=publication_timeout_s(config),
         num_checkpoints_kept=training.num_checkpoints_kept,
         precision=config.precision,
+        sharding=training.sharding,
         publication_dtype=getattr(torch, config.rollout_dtype),
         is_checkpointing_activations=training.activation_checkpointing,
         num_rollouts_in_step=training.effective_batch_size
@@ -210,6 +211,7 @@ def run_learner_rank(
         stall_timeout_s=config.stage2_async.stall_timeout_s,
         device=device,
         is_stopping=lambda: stop.is_set,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "0")),
     )
     try:
         parts, settings = build_parts(config, ranks, broker, stop, evaluate, on_step)
@@ -260,7 +262,8 @@ def build_parts(
     compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     choice = choose_attention(config.model.attention, ranks.device, compute_dtype)
     LOG.info("attention of packed rows: %s (%s)", choice.kernel, choice.why)
-    model = load_policy(folder, "float32")
+    # one rank reads the weights, the others receive them
+    model = load_policy(folder, "float32") if ranks.is_first else empty_policy(folder)
     use_attention(model, choice)
     settings = learner_settings(config, prompts)
     run, first = access.run_folder(config), ranks.is_first

@@ -51,6 +51,9 @@ def run_one(ranks: Ranks, settings: LearnerSettings, broker: FakeBroker, **parts
     run_dir = settings.checkpoints_dir.parent
     run_dir.mkdir(parents=True, exist_ok=True)
     model = tiny_model(seed=3)
+    if not ranks.is_first:
+        # one rank reads, the others receive
+        model = model.to("meta")
     sources = RowSources(
         broker=broker,
         ground_truth=FakeGroundTruth(),

@@ -11,7 +11,7 @@ import torch
 from learner.collation import PackedRow, collate_row
 from learner.distributed import Ranks
 from learner.losses import LossSettings
-from learner.packed_forward import position_rule_of
+from learner.packed_forward import RowLoss, position_rule_of
 from learner.train_step import run_micro_steps
 from tests.builders.learners import COLLATION, COORD_IDS, make_pixels, make_segment, tiny_model
 from tests.distributed.rank_processes import meet, run_ranks
@@ -36,7 +36,7 @@ def step_gradient(rows_of_rank: Sequence[Sequence[int]], ranks: Ranks) -> torch.
         return collate_row(chosen, pixels, COLLATION, position_rule_of(model))
 
     sums = run_micro_steps(
-        model,
+        RowLoss(model),
         (collate(indices) for indices in rows_of_rank),
         num_segments_in_step=len(segments),
         loss_settings=LOSS,
@@ -99,7 +99,7 @@ def test_a_mean_over_rows_instead_of_segments_would_be_seen(reference: torch.Ten
     for num_segments in (1, 2):
         model.zero_grad()
         run_micro_steps(
-            model,
+            RowLoss(model),
             [row],
             num_segments_in_step=num_segments,
             loss_settings=LOSS,

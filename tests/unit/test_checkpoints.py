@@ -21,6 +21,7 @@ from learner.checkpoints import (
 from learner.optimization import OptimizationSettings, build_optimizer
 from learner.trained_weights import TrainedWeights
 from learner.weights import is_publication_due, policy_version_at, publish_weights
+from tests.builders.learner_runs import one_rank
 from tests.builders.learners import tiny_model
 
 pytestmark = pytest.mark.req("Q-10")
@@ -58,6 +59,7 @@ def write(parent: Path, companions: Path, optimizer_step: int = 7, num_kept: int
         state=TrainerState(optimizer_step=optimizer_step, best_f1=0.25, totals={"steps": 7.0}),
         companions=companions,
         num_kept=num_kept,
+        ranks=one_rank(),
     )
 
 

@@ -45,16 +45,18 @@ EDGES: Final = {
     "consumers": {"fill_warning", "matcher", "metrics", "step_packer", "streaming_packer"},
     "learner": {
         *("checkpoints", "distributed", "metrics", "milestones", "patient_broker", "server_group"),
-        *("server_sync", "stop_request", "training_log", "weight_transfer"),
+        *("server_sync", "sharding", "stop_request", "training_log", "weight_transfer"),
     },
 }
 NOT_IN_A_CORE: Final = (
     *("redis", "rq", "torch.distributed", "prometheus_client", "configs", "logging", "time", "socket"),
     *("subprocess", "signal", "os.environ", "os.getenv", "datetime.datetime.now", "datetime.now"),
 )
-# the learner's ranks in one file; a rollout server and rank 0, each at its end, in two more
+# the learner's ranks in one file, what torch runs inside a sharded model in another; a rollout server
+# and rank 0, each at its end, in two more
 COLLECTIVES: Final = {
     "learner/distributed.py",
+    "learner/sharding.py",
     "learner/server_group.py",
     "rollstream/assets/vllm/rollstream_vllm_transfer.py",
 }

@@ -9,7 +9,8 @@ import torch
 
 from learner.checkpoints import latest_checkpoint
 from learner.optimization import OptimizationSettings, build_optimizer
-from learner.trained_weights import Precision, TrainedWeights
+from learner.sharding import Precision
+from learner.trained_weights import TrainedWeights
 from learner.weights import publish_weights
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker

@@ -1,0 +1,125 @@
+"""L-3: a model spread over two gloo ranks has the losses and weights of a whole one, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from broker_schemas.errors import ConfigError
+from broker_schemas.records.packs import ReadyPack, StepClaim
+from learner.packed_forward import RowLoss
+from learner.sharding import Sharding, local_part, place_model
+from rollstream.run_folder import read_json_lines
+from tests.builders.learner_fakes import FakeBroker, step_packs
+from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for
+from tests.builders.learners import tiny_model
+from tests.distributed.rank_processes import meet, run_ranks
+
+pytestmark = pytest.mark.slow
+TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
+
+
+class UnevenBroker(FakeBroker):
+    """Gives rank 0 both packs of a B step and rank 1 none."""
+
+    def claim_step(
+        self, *, optimizer_step: int, scheduled_kind: Literal["A", "B"], policy_version: int
+    ) -> StepClaim | None:
+        claim = super().claim_step(
+            optimizer_step=optimizer_step, scheduled_kind=scheduled_kind, policy_version=policy_version
+        )
+        if claim is None or claim.kind == "A":
+            return claim
+        packs: list[ReadyPack] = step_packs(optimizer_step)
+        return StepClaim(
+            optimizer_step=optimizer_step,
+            kind="B",
+            reason="claimed",
+            policy_version=policy_version,
+            packs=(tuple(packs), ()),
+        )
+
+
+def _run(rank: int, folder: Path, name: str, broker: FakeBroker, **changes: Any) -> None:
+    ranks = meet(folder, name, rank)
+    run_one(ranks, settings_for(folder, name.partition("@")[0], **changes), broker)
+    ranks.close()
+
+
+def _all_in_turn(rank: int, folder: Path) -> None:
+    _run(rank, folder, "none", FakeBroker(2))
+    _run(rank, folder, "full", FakeBroker(2), sharding="full")
+    _run(rank, folder, "cut@1", FakeBroker(2), sharding="full", max_steps=4)
+    _run(rank, folder, "cut@2", FakeBroker(2), sharding="full")
+    _run(rank, folder, "uneven-none", UnevenBroker(2))
+    _run(rank, folder, "uneven-full", UnevenBroker(2), sharding="full")
+    _run(rank, folder, "bf16", FakeBroker(2), sharding="full", precision="bf16")
+    ranks = meet(folder, "parts", rank)
+    row_loss = RowLoss(tiny_model(seed=3) if rank == 0 else tiny_model(seed=4).to("meta"))
+    place_model(row_loss, ranks, "full", "float32")
+    held = sum(local_part(p).numel() for p in row_loss.parameters())
+    (folder / f"held-{rank}.txt").write_text(str(held), encoding="utf-8")
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharding")
+    assert run_ranks(_all_in_turn, folder, timeout_s=500) == [0, 0]
+    return folder
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    rows = read_json_lines(folder / name / "train_log.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return dict(load_file(folder / name / "checkpoints" / f"checkpoint-{NUM_STEPS}" / "model.safetensors"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.req("L-3")
+@pytest.mark.parametrize("name", ["full", "cut"])
+def test_a_sharded_run_has_the_losses_norms_and_weights_of_a_whole_one(folder: Path, name: str) -> None:
+    assert rows_of(folder, name) == rows_of(folder, "none")
+    expected, found = weights_of(folder, "none"), weights_of(folder, name)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.req("L-3", "S-7")
+def test_a_rank_without_packs_keeps_step_with_the_others(folder: Path) -> None:
+    found, expected = rows_of(folder, "uneven-full"), rows_of(folder, "uneven-none")
+    assert [row["num_segments"] for row in found] == [row["num_segments"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    for key, value in weights_of(folder, "uneven-full").items():
+        torch.testing.assert_close(value, weights_of(folder, "uneven-none")[key], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.req("L-3")
+def test_each_rank_holds_its_share_and_one_alone_reads_the_model(folder: Path) -> None:
+    whole = sum(p.numel() for p in tiny_model().parameters())
+    held = [int((folder / f"held-{rank}.txt").read_text(encoding="utf-8")) for rank in range(2)]
+    assert all(share == pytest.approx(whole / 2, rel=0.02) for share in held)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.req("L-2", "L-3")
+def test_a_sharded_bfloat16_run_keeps_float32_weights(folder: Path) -> None:
+    assert {value.dtype for value in weights_of(folder, "bf16").values()} == {torch.float32}
+    found, expected = rows_of(folder, "bf16"), rows_of(folder, "none")
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=0.02)
+
+
+@pytest.mark.req("L-3")
+@pytest.mark.parametrize("sharding", ["full", "hybrid"])
+def test_one_rank_alone_cannot_share(sharding: Sharding) -> None:
+    with pytest.raises(ConfigError, match="one rank, which has nobody to share with"):
+        place_model(RowLoss(tiny_model()), one_rank(), sharding, "float32")
