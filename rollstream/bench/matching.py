@@ -241,21 +241,21 @@ def _timed(
 
 
 def _table(report: MatchingBenchReport) -> Table:
-    table = Table(title=f"matching {report.num_rollouts} rollouts a row (seed {report.seed}), one core")
-    for heading in ("shapes", "objects", "tokens", "rollouts/s", *(f"{stage} ms" for stage in STAGES)):
-        table.add_column(heading, justify="left" if heading == "shapes" else "right")
-    for heading in ("reference match + targets ms", "times faster", "same pairs"):
+    title = f"ms a rollout; {report.num_rollouts} rollouts a row (seed {report.seed}), one core"
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    for heading in ("shapes", "objects", "per s", *STAGES):
+        table.add_column(heading, justify="left" if heading == "shapes" else "right", no_wrap=True)
+    for heading in ("ref", "faster", "same"):
         table.add_column(heading, justify="right")
     for row in report.rows:
-        stages = [f"{getattr(row, f'{stage}_ms'):.3f} ({row.shares[stage]:.0%})" for stage in STAGES]
+        stages = [f"{getattr(row, f'{stage}_ms'):.2f}" for stage in STAGES]
         table.add_row(
-            "boxes" if row.geometry == "bbox_2d" else "polygons",
+            "boxes" if row.geometry == "bbox_2d" else "poly",
             str(row.num_objects),
-            f"{row.num_tokens:.0f}",
             f"{row.rollouts_per_second:,.0f}",
             *stages,
-            f"{row.reference_match_ms + row.reference_targets_ms:.2f}",
-            f"{row.speedup:.1f}",
+            f"{row.reference_match_ms + row.reference_targets_ms:.1f}",
+            f"{row.speedup:.0f}x",
             f"{row.agreement:.0%}",
             end_section=row.num_objects == OBJECT_COUNTS[-1],
         )

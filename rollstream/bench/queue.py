@@ -1,6 +1,6 @@
 """`rollstream bench queue`: the first rows of the budget table, measured on an embedded server of its own.
 
-Owns the report; the measurements are in ``queue_throughput`` and ``queue_growth``.
+Owns the report; the measurements are in ``queue_processes``, ``queue_throughput`` and ``queue_growth``.
 """
 
 from __future__ import annotations
@@ -18,17 +18,27 @@ from rich.console import Group
 from rich.table import Table
 
 from rollstream.bench.queue_growth import GrowthRow, LatencyReport, measure_growth, measure_latency
+from rollstream.bench.queue_processes import (
+    ThroughputRow,
+    WholeWayReport,
+    measure_throughput,
+    measure_whole_way,
+)
 from rollstream.bench.queue_throughput import (
     MemoryReport,
-    ThroughputRow,
+    TransitionCost,
     bytes_per_token,
     measure_memory,
-    measure_throughput,
+    measure_transitions,
 )
 from rollstream.stack.embedded_redis import EmbeddedRedis
 
 MEMORY_BUDGET_BYTES = 5_000_000
 BYTES_PER_TOKEN_BUDGET = 10.0
+HELD_BUDGET = 1.2
+GROWTH_BUDGET = 1.3
+WHOLE_WAY_RECORDS_PER_S = 9_000
+WHOLE_WAY_CPU_US = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,8 @@ class QueueBenchReport:
     seed: int
     quick: bool
     throughput: tuple[ThroughputRow, ...]
+    whole_way: WholeWayReport
+    transitions: tuple[TransitionCost, ...]
     memory: MemoryReport
     bytes_per_token: dict[str, float]
     latency: LatencyReport
@@ -50,16 +62,28 @@ class QueueBenchReport:
             (f"{row.what}, of bare", row.ratio, row.least_ratio, row.ratio >= row.least_ratio)
             for row in self.throughput
         ]
-        left = self.memory.left_bytes
-        rows.append(
-            ("memory after a drained run, bytes", left, MEMORY_BUDGET_BYTES, left < MEMORY_BUDGET_BYTES)
-        )
+        way, memory = self.whole_way, self.memory
+        speed, cpu_us = way.records_per_s, way.broker_cpu_us
+        rows += [
+            ("whole way, records a second", speed, WHOLE_WAY_RECORDS_PER_S, speed >= WHOLE_WAY_RECORDS_PER_S),
+            ("whole way, broker CPU us a record", cpu_us, WHOLE_WAY_CPU_US, cpu_us <= WHOLE_WAY_CPU_US),
+            *(self._growth(role) for role in ("producers", "ranks")),
+            ("memory over the bodies held", memory.held_ratio, HELD_BUDGET, memory.held_ratio <= HELD_BUDGET),
+            ("memory after a drained run, bytes", memory.left_bytes, MEMORY_BUDGET_BYTES)
+            + (memory.left_bytes < MEMORY_BUDGET_BYTES,),
+        ]
         for name, measured in self.bytes_per_token.items():
             rows.append(
-                (f"wire size of a {name}, bytes per token", measured, BYTES_PER_TOKEN_BUDGET)
+                (f"{name}, bytes per token", measured, BYTES_PER_TOKEN_BUDGET)
                 + (measured <= BYTES_PER_TOKEN_BUDGET,)
             )
         return tuple(rows)
+
+    def _growth(self, role: str) -> tuple[str, float, float, bool]:
+        """Return how much more of the broker's CPU a record costs with more clients than with one."""
+        costs = [row.broker_cpu_us for row in self.growth if row.role == role]
+        growth = max(costs) / costs[0]
+        return f"broker CPU a record, many {role} to one", growth, GROWTH_BUDGET, growth <= GROWTH_BUDGET
 
     @property
     def is_within_budget(self) -> bool:
@@ -86,7 +110,9 @@ def run_queue_bench(seed: int = 0, quick: bool = False) -> QueueBenchReport:
         return QueueBenchReport(
             seed=seed,
             quick=quick,
-            throughput=measure_throughput(url, rng, quick=quick),
+            throughput=measure_throughput(url, seed, quick=quick),
+            whole_way=measure_whole_way(url, seed, quick=quick),
+            transitions=measure_transitions(url, rng, num_records=512 if quick else 4_096),
             memory=measure_memory(url, rng, num_records=1_000 if quick else 10_000),
             bytes_per_token=bytes_per_token(rng),
             latency=measure_latency(url, rng, seconds=2.0 if quick else 10.0),
@@ -112,24 +138,26 @@ def _tables(report: QueueBenchReport) -> list[Table]:
     for what, measured, limit, is_met in report.budgets:
         budgets.add_row(what, f"{measured:,.2f}", f"{limit:,.2f}", "yes" if is_met else "NO")
     speed = _table(
-        f"records a second (seed {report.seed})", "records", "ours", "bare", "ratio, lowest to highest"
+        f"one hop between two processes, records a second (seed {report.seed})",
+        *("records", "ours", "bare", "ratio", "lowest", "highest"),
     )
     for row in report.throughput:
-        spread = f"{row.ratio:.2f} ({min(row.ratios):.2f} to {max(row.ratios):.2f})"
-        speed.add_row(row.what, f"{row.records_per_s:,.0f}", f"{row.bare_records_per_s:,.0f}", spread)
-    memory = report.memory
-    whole = f"{memory.records_per_s:,.0f}"
-    speed.add_row(f"the whole way of {memory.num_records:,} rollouts, to settled", whole, "", "")
+        ratios = (row.ratio, min(row.ratios), max(row.ratios))
+        rates = (row.records_per_s, row.bare_records_per_s)
+        speed.add_row(row.what, *(f"{rate:,.0f}" for rate in rates), *(f"{ratio:.2f}" for ratio in ratios))
+    cost = _table("broker CPU of a record of 8 KB", "transition", "us a record")
+    for part in report.transitions:
+        cost.add_row(part.what, f"{part.broker_cpu_us:.1f}")
+    cost.add_row("all, in one process", f"{sum(part.broker_cpu_us for part in report.transitions):.1f}")
+    cost.add_row("all, over three processes", f"{report.whole_way.broker_cpu_us:.1f}")
     latency = report.latency
-    slow = _table(
-        f"push to consumer at {latency.records_per_s:g} records a second", "p50 ms", "p99 ms", "max ms"
-    )
+    slow = _table(f"push to consumer, {latency.records_per_s:g} a second", "p50 ms", "p99 ms", "max ms")
     slow.add_row(f"{latency.p50_ms:.2f}", f"{latency.p99_ms:.2f}", f"{latency.max_ms:.2f}")
     growth = _table("cost of a record as clients are added", "clients", "wall us", "broker CPU us")
     for item in report.growth:
-        name = f"{item.num_clients} {item.role}"
+        name = f"{item.num_clients} {item.role if item.num_clients > 1 else item.role.removesuffix('s')}"
         growth.add_row(name, f"{item.wall_us:.1f}", f"{item.broker_cpu_us:.1f}")
-    return [budgets, speed, slow, growth]
+    return [budgets, speed, cost, slow, growth]
 
 
 def _table(title: str, *columns: str) -> Table:

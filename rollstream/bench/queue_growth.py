@@ -16,10 +16,12 @@ import redis
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
 from broker_schemas.client import SegmentSink
+from broker_schemas.records.packs import StepClaim
 from rollstream.bench.queue_throughput import (
     SEGMENTS_IN_PACK,
     SINK,
     EncodedRollout,
+    cpu_s,
     make_rollouts,
     open_run,
     push_match_and_pack,
@@ -105,9 +107,9 @@ def _consume(
 
 
 def measure_growth(url: str, rng: random.Random, *, quick: bool) -> tuple[GrowthRow, ...]:
-    """Return the cost of a record for 1 to 32 producers that push at once and 1 to 16 ranks of a step."""
-    producers = (1, 8) if quick else (1, 2, 4, 8, 16, 32)
-    ranks = (1, 4) if quick else (1, 2, 4, 8, 16)
+    """Return the cost of a record for 1 to 64 producers that push at once and 1 to 32 ranks of a step."""
+    producers = (1, 8) if quick else (1, 4, 16, 64)
+    ranks = (1, 4) if quick else (1, 2, 8, 32)
     num = 512 if quick else 4_096
     rollouts = make_rollouts(rng, num, num_tokens=1_950)
     rows = [_producers_row(url, rollouts, count) for count in producers]
@@ -137,15 +139,15 @@ def _ranks_row(url: str, rollouts: Sequence[EncodedRollout], num_clients: int) -
         push_match_and_pack(run, rollouts[first : first + 512], num_clients)
     settings = ClaimSettings(world_size=num_clients, packs_per_rank=packs_per_rank)
     doors = [LearnerDoor(open_run_named(url, run.keys.run), settings) for _ in range(num_clients)]
+    told: list[StepClaim] = []
     claimed = threading.Barrier(num_clients)
 
     def learn(rank: int) -> None:
-        if rank == 0:
-            doors[0].claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
+        if rank == 0:  # it decides and tells the others, as under torchrun
+            claim = doors[0].claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
+            told.extend([claim] if claim is not None else [])
         claimed.wait()
-        claim = doors[rank].claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
-        assert claim is not None, "rank 0 decided it"
-        for pack in claim.packs[rank]:
+        for pack in told[0].packs[rank]:
             doors[rank].fetch_segments(pack.record_ids)
         claimed.wait()
         if rank == 0:
@@ -165,20 +167,15 @@ def _timed(
     body: Callable[[int], None],
 ) -> GrowthRow:
     watch = redis.Redis.from_url(url)
-    cpu_before, started = _cpu_s(watch), time.perf_counter()
+    cpu_before, started = cpu_s(watch), time.perf_counter()
     with ThreadPoolExecutor(num_clients) as pool:
         list(pool.map(body, range(num_clients)))
-    wall_s, cpu_s = time.perf_counter() - started, _cpu_s(watch) - cpu_before
+    wall_s, broker_s = time.perf_counter() - started, cpu_s(watch) - cpu_before
     watch.close()
     return GrowthRow(
         role=role,
         num_clients=num_clients,
         num_records=num_records,
         wall_us=1e6 * wall_s / num_records,
-        broker_cpu_us=1e6 * cpu_s / num_records,
+        broker_cpu_us=1e6 * broker_s / num_records,
     )
-
-
-def _cpu_s(client: redis.Redis) -> float:
-    info: Any = client.info("cpu")
-    return float(info["used_cpu_sys"]) + float(info["used_cpu_user"])

@@ -1,14 +1,12 @@
-"""Measures throughput against the bare commands, memory and wire size of the queue on a running server."""
+"""Measures memory, wire size and what each transition costs the server; makes the rollouts of the bench."""
 
 from __future__ import annotations
 
 import itertools
 import random
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import redis
@@ -16,10 +14,10 @@ import redis
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
+from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
 from broker_schemas.client import SegmentSink, SinkSettings
-from broker_schemas.records.packs import ReadyPack
+from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import (
     GroundTruthObject,
     MatchedSegment,
@@ -30,8 +28,8 @@ from rollstream.history.archive import EVENTS_KEPT_IN_BROKER
 
 SINK = SinkSettings(max_bytes=8 << 30)
 SEGMENTS_IN_PACK = 8
-BARE_STREAM = "bare"
 _RUNS = itertools.count()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +43,23 @@ class EncodedRollout(SegmentRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputRow:
-    """One record size: medians of records a second, and the ratio of each repetition."""
+class MemoryReport:
+    """A run taken all the way, and what the server holds of it afterwards, over what it held before.
 
-    what: str
-    records_per_s: float
-    bare_records_per_s: float
-    ratios: tuple[float, ...]
-    least_ratio: float
+    ``held_ratio`` is the server's memory over the bodies, with 1,000 rollouts of 8 KB waiting in it.
+    """
 
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
+    num_records: int
+    held_ratio: float
+    left_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryReport:
-    """A run taken all the way, and what the server holds of it afterwards, over what it held before."""
+class TransitionCost:
+    """CPU time of the server for a record on a part of its way, the bodies that go with it included."""
 
-    num_records: int
-    records_per_s: float
-    peak_bytes: int
-    left_bytes: int
+    what: str
+    broker_cpu_us: float
 
 
 def open_run(url: str, what: str) -> Broker:
@@ -78,6 +71,14 @@ def make_rollouts(
     rng: random.Random, num: int, *, num_tokens: int, prefix: str = "b"
 ) -> list[EncodedRollout]:
     """Return ``num`` rollouts of ``num_tokens`` tokens, a quarter of them the response, already encoded."""
+    plain = plain_rollouts(rng, num, num_tokens=num_tokens, prefix=prefix)
+    return [EncodedRollout(**vars(record), body=record.encode_body()) for record in plain]
+
+
+def plain_rollouts(
+    rng: random.Random, num: int, *, num_tokens: int, prefix: str = "b"
+) -> list[SegmentRecord]:
+    """Return the same rollouts, to be encoded when they are pushed."""
     generator = np.random.default_rng(rng.randrange(1 << 30))
     rollouts = []
     for index in range(num):
@@ -93,7 +94,7 @@ def make_rollouts(
             "prompt_token_ids": ids[: 3 * num_tokens // 4],
             "response_token_ids": ids[3 * num_tokens // 4 :],
         }
-        rollouts.append(EncodedRollout(**fields, body=SegmentRecord(**fields).encode_body()))
+        rollouts.append(SegmentRecord(**fields))
     return rollouts
 
 
@@ -122,79 +123,32 @@ def make_segment(record: SegmentRecord) -> MatchedSegment:
     )
 
 
-def measure_throughput(url: str, rng: random.Random, *, quick: bool) -> tuple[ThroughputRow, ...]:
-    """Return the row of 8 KB records and the row of 1 MB records."""
-    small = make_rollouts(rng, 256 if quick else 2_048, num_tokens=1_950)
-    large = make_rollouts(rng, 8 if quick else 48, num_tokens=262_000)
-    num = 3 if quick else 15
-    return (
-        _row("8 KB records, batches of 64", url, small, batch=64, repetitions=num, least_ratio=0.7),
-        _row("1 MB records, batches of 8", url, large, batch=8, repetitions=num, least_ratio=0.8),
-    )
+def measure_memory(url: str, rng: random.Random, *, num_records: int) -> MemoryReport:
+    """Take a run all the way and return what is left of it in the server, its log as the archive trims it."""
+    rollouts = make_rollouts(rng, num_records, num_tokens=1_950)
+    watch = redis.Redis.from_url(url)
+    before = _used_bytes(watch)
+    broker = open_run(url, "memory")
+    for step, first in enumerate(range(0, num_records, 64)):
+        push_match_and_pack(broker, rollouts[first : first + 64])
+        train(broker, step)
+    last: Any = broker.client.xrevrange(broker.keys.named("events"), count=1)
+    broker.run("advance_archive", ["archive"], [last[0][0], EVENTS_KEPT_IN_BROKER])
+    broker.close()
+    left = _used_bytes(watch) - before
+    watch.close()
+    held_ratio = _held_ratio(url, rollouts[:1_000])
+    return MemoryReport(num_records=num_records, held_ratio=held_ratio, left_bytes=left)
 
 
-def _row(
-    what: str,
-    url: str,
-    rollouts: Sequence[EncodedRollout],
-    *,
-    batch: int,
-    repetitions: int,
-    least_ratio: float,
-) -> ThroughputRow:
-    pairs = [_repetition(url, rollouts, batch) for _ in range(repetitions + 1)][1:]  # the first warms up
-    return ThroughputRow(
-        what=what,
-        records_per_s=len(rollouts) / statistics.median(pair[0] for pair in pairs),
-        bare_records_per_s=len(rollouts) / statistics.median(pair[1] for pair in pairs),
-        ratios=tuple(bare_s / ours_s for ours_s, bare_s in pairs),
-        least_ratio=least_ratio,
-    )
-
-
-def _repetition(url: str, rollouts: Sequence[EncodedRollout], batch: int) -> tuple[float, float]:
-    """Return the seconds of ours and of the bare commands, batch by batch in turn: what else the machine does
-    meanwhile slows both.
-    """
-    broker, client = open_run(url, "ours"), redis.Redis.from_url(url)
-    client.xgroup_create(BARE_STREAM, "g", id="0", mkstream=True)
-    sink, door = SegmentSink(broker, SINK), MatcherDoor(broker, "m-0")
-    ours_s = bare_s = 0.0
-    for number, first in enumerate(range(0, len(rollouts), batch)):
-        records = rollouts[first : first + batch]
-        for is_ours in (number % 2 == 0, number % 2 == 1):
-            started = time.perf_counter()
-            if is_ours:
-                _pass_ours(sink, door, records)
-                ours_s += time.perf_counter() - started
-            else:
-                _pass_bare(client, records)
-                bare_s += time.perf_counter() - started
-    client.unlink(BARE_STREAM)
-    client.close()
+def _held_ratio(url: str, rollouts: Sequence[EncodedRollout]) -> float:
+    """Return the memory that rollouts take in a server, for each byte of their bodies."""
+    broker = open_run(url, "held")
+    before = _used_bytes(broker.client)
+    SegmentSink(broker, SINK).push(rollouts)
+    ratio = (_used_bytes(broker.client) - before) / sum(len(rollout.body) for rollout in rollouts)
     _forget(broker)
-    return ours_s, bare_s
-
-
-def _pass_ours(sink: SegmentSink, door: MatcherDoor, records: Sequence[EncodedRollout]) -> None:
-    sink.push(records)
-    entries = door.read(count=len(records), block_ms=1_000)
-    verdicts = [MatchVerdict(entry=entry, outcome="dropped", reason="bench") for entry in entries]
-    door.commit(verdicts, oldest_policy_version=0)
-
-
-def _pass_bare(client: redis.Redis, records: Sequence[EncodedRollout]) -> None:
-    pipe = client.pipeline(transaction=False)
-    for record in records:
-        pipe.xadd(BARE_STREAM, {"record_id": record.record_id, "body": record.body})
-    pipe.execute()
-    reply: Any = client.xreadgroup("g", "c", {BARE_STREAM: ">"}, count=len(records), block=1_000)
-    rows = next(iter(reply.values()))[0] if isinstance(reply, dict) else reply[0][1]
-    ids = [entry_id for entry_id, _ in rows]
-    pipe = client.pipeline(transaction=False)
-    pipe.xack(BARE_STREAM, "g", *ids)
-    pipe.xdel(BARE_STREAM, *ids)
-    pipe.execute()
+    return ratio
 
 
 def _forget(broker: Broker) -> None:
@@ -202,30 +156,69 @@ def _forget(broker: Broker) -> None:
     broker.close()
 
 
-def measure_memory(url: str, rng: random.Random, *, num_records: int) -> MemoryReport:
-    """Take a run all the way and return what is left of it in the server, its log as the archive trims it."""
+def measure_transitions(url: str, rng: random.Random, *, num_records: int) -> tuple[TransitionCost, ...]:
+    """Return what each part of the way costs the server for a record of 8 KB, in batches of 64."""
     rollouts = make_rollouts(rng, num_records, num_tokens=1_950)
-    watch = redis.Redis.from_url(url)
-    before = _used_bytes(watch)
-    broker = open_run(url, "memory")
-    started = time.perf_counter()
-    peak = 0
-    for step, first in enumerate(range(0, num_records, 64)):
-        push_match_and_pack(broker, rollouts[first : first + 64])
-        peak = max(peak, _used_bytes(watch) - before)
-        train(broker, step)
-    seconds = time.perf_counter() - started
-    last: Any = broker.client.xrevrange(broker.keys.named("events"), count=1)
-    broker.run("advance_archive", ["archive"], [last[0][0], EVENTS_KEPT_IN_BROKER])
-    broker.close()
-    left = _used_bytes(watch) - before
-    watch.close()
-    return MemoryReport(
-        num_records=num_records,
-        records_per_s=num_records / seconds,
-        peak_bytes=peak,
-        left_bytes=left,
-    )
+    broker = open_run(url, "parts")
+    matcher, packer = MatcherDoor(broker, "m-0"), PackerDoor(broker)
+    learner = LearnerDoor(broker, ClaimSettings(world_size=1, packs_per_rank=SEGMENTS_IN_PACK, mode="wait"))
+    firsts, steps = range(0, num_records, 64), range(num_records // (SEGMENTS_IN_PACK * SEGMENTS_IN_PACK))
+    read: list[list[RawEntry]] = []
+    held: list[list[PendingDescriptor]] = []
+    claims: list[StepClaim | None] = []
+
+    def claim(step: int) -> StepClaim | None:
+        return learner.claim_step(optimizer_step=step, scheduled_kind="B", policy_version=0)
+
+    sink = SegmentSink(broker, SINK)
+    parts: dict[str, Callable[[], None]] = {
+        "push": lambda: _each(firsts, lambda first: sink.push(rollouts[first : first + 64])),
+        "read and fetch": lambda: read.extend(matcher.read(count=64, block_ms=1) for _ in firsts),
+        "commit match": lambda: _each(read, lambda entries: _match(matcher, entries)),
+        "read to pack": lambda: held.extend(packer.read(count=64, block_ms=1) for _ in firsts),
+        "commit pack": lambda: _each(
+            held, lambda items: packer.commit(plan_packs(items), oldest_policy_version=0, queue_limit=0)
+        ),
+        "claim step": lambda: claims.extend(claim(step) for step in steps),
+        "fetch": lambda: _each(
+            claims, lambda found: learner.fetch_segments(found.record_ids if found else ())
+        ),
+        "commit step": lambda: _each(
+            steps, lambda step: learner.commit_step(optimizer_step=step, summary={})
+        ),
+        "settle": lambda: learner.settle_checkpoint(optimizer_step=len(steps)),
+    }
+    costs = []
+    for what, part in parts.items():
+        before_s = cpu_s(broker.client)
+        part()
+        cpu_us = 1e6 * (cpu_s(broker.client) - before_s) / num_records
+        costs.append(TransitionCost(what=what, broker_cpu_us=cpu_us))
+    _forget(broker)
+    return tuple(costs)
+
+
+def _each(items: Iterable[T], act: Callable[[T], object]) -> None:
+    for item in items:
+        act(item)
+
+
+def _match(matcher: MatcherDoor, entries: Sequence[RawEntry]) -> None:
+    verdicts = [
+        MatchVerdict(
+            entry=entry,
+            outcome="matched",
+            segment=make_segment(SegmentRecord.decode_body(entry.body or b"", entry.schema_version)),
+        )
+        for entry in entries
+    ]
+    matcher.commit(verdicts, oldest_policy_version=0)
+
+
+def cpu_s(client: redis.Redis) -> float:
+    """Return the CPU time that the server has used so far."""
+    info: Any = client.info("cpu")
+    return float(info["used_cpu_sys"]) + float(info["used_cpu_user"])
 
 
 def _used_bytes(client: redis.Redis) -> int:
@@ -244,9 +237,13 @@ def push_match_and_pack(broker: Broker, rollouts: Sequence[SegmentRecord], world
     ]
     matcher.commit(verdicts, oldest_policy_version=0)
     held = packer.read(count=len(rollouts), block_ms=1_000)
+    packer.commit(plan_packs(held, world_size), oldest_policy_version=0, queue_limit=0)
+
+
+def plan_packs(held: Sequence[PendingDescriptor], world_size: int = 1) -> list[PlannedPack]:
+    """Return packs of 8 in order, to the ranks in turn."""
     packs = [held[first : first + SEGMENTS_IN_PACK] for first in range(0, len(held), SEGMENTS_IN_PACK)]
-    planned = [_planned(members, index % world_size) for index, members in enumerate(packs)]
-    packer.commit(planned, oldest_policy_version=0, queue_limit=0)
+    return [_planned(members, index % world_size) for index, members in enumerate(packs)]
 
 
 def _planned(members: Sequence[PendingDescriptor], rank: int) -> PlannedPack:

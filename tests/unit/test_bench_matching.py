@@ -46,5 +46,8 @@ def test_the_report_is_plain_json_and_a_table(report: MatchingBenchReport) -> No
     body = json.loads(json.dumps(report.to_json()))
     assert body["budget"]["limit_ms"] == 1.0
     written = io.StringIO()
-    Console(width=200, file=written).print(report.render())
+    Console(width=80, file=written).print(report.render())
+    heads = ("shapes", "objects", "per s", "parse", "match", "targets", "build", "ref", "faster", "same")
+    assert all(head in written.getvalue() for head in heads)
+    assert "\u2026" not in written.getvalue(), "a head is cut at 80 columns"
     assert "budget: parse + match + targets of 14 boxes" in written.getvalue()
