@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+UPRIGHT: Final = 1
+_ORIENTATION_TAG: Final = 0x0112
+_DEEP_MODES: Final = ("I", "F")
 DEFAULT_CACHE_BYTES: Final = 256 * 1024 * 1024
 PROCESSOR_SETTINGS: Final = (
     "do_convert_rgb",
@@ -56,12 +59,15 @@ def confine_image_path(root: Path, path: str | Path, *, relative_to: Path | None
 
 
 def open_image(file: Path) -> Image:
-    """Return the decoded RGB image in ``file``; raises DataError that names it."""
+    """Return the decoded RGB image in ``file``, more than 8 bits scaled; raises DataError that names it.
+
+    It is not turned: labels count pixels as they are stored.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file) as stored:
-            return stored.convert("RGB")
+            return _eight_bit_rgb(stored)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as exc:
         raise _cannot_open(file, exc) from exc
 
@@ -75,6 +81,54 @@ def read_image_size(file: Path) -> tuple[int, int]:
             return stored.size
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as exc:
         raise _cannot_open(file, exc) from exc
+
+
+def open_upright(file: Path) -> Image:
+    """Return the decoded RGB image in ``file`` as it is meant to be seen; errors as ``open_image``."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as stored:
+            return upright_eight_bit(stored)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as exc:
+        raise _cannot_open(file, exc) from exc
+
+
+def stored_orientation(stored: Image) -> int:
+    """Return the EXIF orientation of an opened image, 1 to 8; 1 where it says nothing usable."""
+    value = stored.getexif().get(_ORIENTATION_TAG, UPRIGHT)
+    return value if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
+
+
+def is_deep(stored: Image) -> bool:
+    """Say whether an opened image holds one channel of more than 8 bits."""
+    return stored.mode in _DEEP_MODES or stored.mode.startswith("I;")
+
+
+def upright_eight_bit(stored: Image) -> Image:
+    """Return an opened image as RGB, turned as its EXIF orientation says, more than 8 bits scaled."""
+    from PIL import ImageOps
+
+    turned = ImageOps.exif_transpose(stored) if stored_orientation(stored) != UPRIGHT else stored
+    return _eight_bit_rgb(turned)
+
+
+def _eight_bit_rgb(stored: Image) -> Image:
+    """Return RGB; deep whole numbers are scaled by the depth that holds them, floats by their range."""
+    from PIL import Image
+
+    if not is_deep(stored):
+        return stored.convert("RGB")
+    import numpy as np
+
+    values = np.nan_to_num(np.asarray(stored, dtype=np.float64), posinf=0.0, neginf=0.0)
+    low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
+    if stored.mode == "F" or low < 0:
+        scaled = (values - low) / max(high - low, np.finfo(float).tiny)
+    else:
+        depth = next((bits for bits in (8, 10, 12, 14, 16) if high < 1 << bits), 32)
+        scaled = values / ((1 << depth) - 1)
+    return Image.fromarray(np.rint(scaled * 255).astype(np.uint8)).convert("RGB")
 
 
 def _cannot_open(file: Path, exc: Exception) -> DataError:

@@ -17,12 +17,37 @@ Seed = Annotated[int, typer.Option(help="seed")]
 
 @data_app.command("import")
 def import_data(
-    kind: Annotated[Literal["voc", "coco", "labelme"], typer.Argument(help="format of SRC")],
-    src: Annotated[Path, typer.Argument(help="folder of the data set")],
+    kind: Annotated[
+        Literal["voc", "coco", "labelme", "yolo", "qwen"],
+        typer.Argument(help="layout of SRC; qwen: JSON Lines of Qwen-VL grounding"),
+    ],
+    src: Annotated[Path, typer.Argument(help="folder of the data set; coco and qwen take a file too")],
     dst: Destination,
     strict: Annotated[bool, typer.Option(help="refuse the whole set for one broken annotation")] = False,
+    val_share: Annotated[float, typer.Option(help="share for validation where SRC has no splits")] = 0.1,
+    seed: Annotated[int, typer.Option(help="seed of that split")] = 0,
+    resplit: Annotated[bool, typer.Option(help="split by share although SRC has splits")] = False,
+    group_by: Annotated[
+        Literal["file", "folder"], typer.Option(help="what the split keeps together")
+    ] = "file",
+    masks: Annotated[
+        Literal["outline", "hull", "box"], typer.Option(help="what masks and objects of several parts become")
+    ] = "outline",
+    simplify: Annotated[
+        float, typer.Option(min=0, help="polygons lose vertices that move them by less, in bins; 0: none")
+    ] = 1.0,
+    base: Annotated[
+        Literal["auto", "0", "1"], typer.Option(help="first pixel of VOC's coordinates")
+    ] = "auto",
+    coordinates: Annotated[
+        Literal["auto", "pixels", "thousandths"], typer.Option(help="what the numbers of qwen lines are")
+    ] = "auto",
+    link: Annotated[bool, typer.Option(help="hard links to the pictures instead of copies")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="model folder whose tokens the lengths are told in")
+    ] = None,
 ) -> None:
-    """Import a data set with boxes or polygons in pixels."""
+    """Import a data set with boxes, polygons or masks; ends with a table of what was done."""
     from rollstream.datasets.importing import describe_summary, import_dataset
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -32,9 +57,19 @@ def import_data(
             src,
             dst,
             strict=strict,
+            link_images=link,
+            seed=seed,
+            val_share=val_share,
+            resplit=resplit,
+            group_by=group_by,
+            masks=masks,
+            simplify_bins=simplify,
+            base=None if base == "auto" else 0 if base == "0" else 1,
+            coordinates=None if coordinates == "auto" else coordinates,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    Console(soft_wrap=True, highlight=False).print(describe_summary(summary), markup=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(describe_summary(summary), markup=False)
 
 
 @data_app.command()

@@ -1,9 +1,8 @@
-"""Importing COCO: boxes and polygons to bins, masks refused, crowds and broken annotations left out."""
+"""Importing COCO: boxes, polygons and masks to bins, crowds and broken annotations left out."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +37,12 @@ def test_a_box_becomes_its_corners_and_a_polygon_its_canonical_spelling(tmp_path
     assert list(summary.splits) == ["train"]
 
 
-def test_an_object_in_several_parts_becomes_its_box(tmp_path: Path) -> None:
-    parts = [TRIANGLE, [30.0, 30.0, 40.0, 30.0, 40.0, 40.0]]
-    source = write_coco(tmp_path / "coco", [{"segmentation": parts}])
-
-    import_dataset("coco", source, tmp_path / "out")
-
-    assert read_dataset(tmp_path / "out" / "train.jsonl")[0].objects[0].geometry == "bbox_2d"
-
-
 def test_edges_counted_past_the_last_pixel_are_the_border(tmp_path: Path) -> None:
     source = write_coco(tmp_path / "coco", [{"bbox": [0, 0, 64, 48]}])
 
     import_dataset("coco", source, tmp_path / "out")
 
     assert read_dataset(tmp_path / "out" / "train.jsonl")[0].objects[0].bins == (0, 0, 999, 999)
-
-
-def test_run_length_masks_refuse_the_import_with_advice_and_nothing_is_written(tmp_path: Path) -> None:
-    source = write_coco(tmp_path / "coco", [{}, {"segmentation": MASK}, {"segmentation": MASK}])
-
-    with pytest.raises(
-        DataError, match=r"got 2 objects with run-length masks \(RLE\), first annotation 2.*turn"
-    ):
-        import_dataset("coco", source, tmp_path / "out")
-
-    assert os.listdir(tmp_path) == ["coco"]
 
 
 BROKEN = [
@@ -74,8 +53,8 @@ BROKEN = [
     ({"bbox": [8, 6, "wide", 12]}, "no number"),
     ({"bbox": [8, 6, float("nan"), 12]}, "no number"),
     ({"bbox": [8, 6, 0, 12]}, "degenerate"),
-    ({"bbox": [8, 6, 60, 12]}, "out of bounds"),
-    ({"bbox": [8, 6, 0.01, 12]}, "too small"),
+    ({"bbox": [80, 6, 60, 12]}, "out of bounds"),
+    ({"bbox": [-30, 6, 20, 12]}, "out of bounds"),
     ({"segmentation": [[1, 2, 3, 4]]}, "segmentation"),
     ({"segmentation": [[1, 1, 5, 5, 9, 9]]}, "degenerate"),
     ({"image_id": 77}, "no image"),
@@ -131,5 +110,5 @@ def test_a_file_that_is_no_coco_is_refused(tmp_path: Path, text: str, expected: 
 
     with pytest.raises(DataError, match=expected):
         import_dataset("coco", source, tmp_path / "out")
-    with pytest.raises(DataError, match=r"no annotations/instances_\*\.json, expected a COCO folder"):
+    with pytest.raises(DataError, match="no JSON with images and annotations in it, expected a COCO folder"):
         import_dataset("coco", source / "train2017", tmp_path / "out")

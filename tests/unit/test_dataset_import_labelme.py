@@ -58,14 +58,15 @@ def test_images_in_subfolders_keep_apart_although_they_share_a_name(tmp_path: Pa
 @pytest.mark.parametrize(
     "broken, kind",
     [
-        ({"shape_type": "circle", "points": [[8, 6], [9, 9]]}, "shape type"),
+        ({"shape_type": "line", "points": [[8, 6], [9, 9]]}, "shape type"),
+        ({"shape_type": "mask", "points": [[8, 6], [9, 9]], "mask": "not a picture"}, "mask"),
         ({"points": [[8, 6], [9, 9]]}, "shape type"),
         ({"points": "none"}, "no points"),
         ({"points": [[8, 6], [9], [3, 3]]}, "no points"),
         ({"points": [[8, 6], [9, "x"], [3, 3]]}, "no number"),
         ({"label": "", **POLYGON}, "label"),
         ({"label": None, **POLYGON}, "label"),
-        ({"points": [[8, 6], [90, 6], [8, 18]]}, "out of bounds"),
+        ({"points": [[80, 6], [90, 6], [80, 18]]}, "out of bounds"),
         ({"points": [[8, 6], [9, 6], [10, 6]]}, "degenerate"),
     ],
 )
@@ -87,6 +88,7 @@ def test_a_broken_shape_is_reported_by_number_and_left_out(
     [
         ({"imagePath": "../secret.png"}, "image outside"),
         ({"imagePath": "gone.png"}, "no image"),
+        ({"imagePath": "gone.png", "imageData": "bm8gcGljdHVyZQ=="}, "broken image"),
         ({"imagePath": None}, "no image"),
         ({"imageWidth": 65}, "size mismatch"),
         ({"shapes": 3}, "unreadable annotation"),

@@ -1,114 +1,181 @@
-"""Reads COCO instances files: boxes (x, y, width, height) and polygons in pixels counted from 0.
+"""Reads COCO instances files: boxes (x, y, width, height), polygons and masks in pixels counted from 0.
 
-An object with one polygon becomes that polygon; with none, or with several parts, its box. Run-length masks
-(RLE) of single objects refuse the whole import; crowd regions, which are no single object, are left out.
+An object with one polygon becomes that polygon; several parts and run-length masks become what ``masks``
+says; a mask that cannot be read, or no segmentation at all, leaves the box. Crowd regions are no single
+object and are left out.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from broker_schemas.errors import DataError
-from broker_schemas.method.images import absolute_root, confine_image_path
 from rollstream.datasets.importing.drafts import (
     AnnotationProblem,
     PixelImage,
     PixelObject,
+    ReadOptions,
     SourceContent,
     annotation_number,
+    stated_size,
 )
+from rollstream.datasets.importing.masks import (
+    bitmap_parts,
+    decode_run_lengths,
+    polygon_part,
+    shape_of_parts,
+)
+from rollstream.datasets.importing.picture_index import PictureIndex
 from rollstream.datasets.importing.report import ImportProblem
+from rollstream.datasets.importing.splits import choose_splits, folder_split, named_split
 
-_SPLIT_NAME = re.compile(r"(train|val|test)[0-9]*")
+_TABLES = ("images", "annotations")
 
 
-def read_coco(source: Path, *, seed: int = 0) -> SourceContent:
-    """Return the content of every ``instances_*.json`` in ``source`` or ``source/annotations``.
+def read_coco(source: Path, options: ReadOptions) -> SourceContent:
+    """Return the content of the COCO files in ``source``, or of the one file that it is.
 
-    ``instances_train2017.json`` is split ``train``; its images are looked for in ``train2017``,
-    ``images/train2017``, ``images`` and ``source`` itself. ``seed`` is not needed: the files are the splits.
-    Raises DataError where there is no such file, or for RLE masks.
+    Of several kinds of JSON those named ``instances_*`` are read, else all with images and annotations. A
+    file or its folder named after a split is that split; the images of the others are split by ``options``.
+    Raises DataError where there is no such file, or one is torn.
     """
-    files = sorted([*source.glob("annotations/instances_*.json"), *source.glob("instances_*.json")])
-    if not files:
-        raise DataError(
-            f"{source}: no annotations/instances_*.json, expected a COCO folder; check the path, and rename "
-            "a file of another name to instances_train.json"
-        )
-    splits = _split_by_file(files)
-    contents = [_read_file(source, file, splits[file]) for file in files]
+    root = source if source.is_dir() else source.parent
+    found = _find_files(source)
+    index = PictureIndex(root if _has_pictures(root) else root.parent)
+    splits = _split_by_file(root, found, options)
+    names = {
+        f"{number}:{row.get('file_name') or row.get('coco_url')}": splits[file]
+        for number, (file, content) in enumerate(found.items())
+        for row in content["images"]
+    }
+    chosen = choose_splits(names, options)
+    contents = [
+        _read_file(index, file, content, number, chosen, options)
+        for number, (file, content) in enumerate(found.items())
+    ]
     return SourceContent(
         images=tuple(image for content in contents for image in content.images),
         problems=tuple(problem for content in contents for problem in content.problems),
         num_images_unreadable=sum(content.num_images_unreadable for content in contents),
+        num_objects_unreadable=sum(content.num_objects_unreadable for content in contents),
     )
 
 
-def _split_by_file(files: list[Path]) -> dict[Path, str]:
-    full = {file: file.stem.removeprefix("instances_") for file in files}
-    short = {
-        file: match.group(1) if (match := _SPLIT_NAME.fullmatch(name)) else name
-        for file, name in full.items()
-    }
-    return short if len(set(short.values())) == len(files) else full
+def _has_pictures(root: Path) -> bool:
+    return bool(PictureIndex(root).paths()) or root.resolve().parent == root.resolve()
 
 
-def _read_file(source: Path, file: Path, split: str) -> SourceContent:
+def _find_files(source: Path) -> dict[Path, dict[str, Any]]:
+    if source.is_file():
+        return {source: _checked(source, _load(source))}
+    named = sorted(source.rglob("instances_*.json"))
+    if named:
+        return {file: _checked(file, _load(file)) for file in named}
+    loaded = {}
+    torn: list[DataError] = []
+    for file in sorted(source.rglob("*.json")):
+        try:
+            content = _load(file)
+        except DataError as exc:
+            torn.append(exc)
+            continue
+        if _is_coco(content):
+            loaded[file] = _checked(file, content)
+    if not loaded and torn:
+        raise torn[0]
+    if not loaded:
+        raise DataError(
+            f"{source}: no JSON with images and annotations in it, expected a COCO folder or file; "
+            "check the path"
+        )
+    return loaded
+
+
+def _is_coco(content: Any) -> bool:
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in _TABLES):
+        return False
+    rows = content["annotations"]
+    # captions and the like have images and annotations too
+    return not rows or any(isinstance(row, dict) and "category_id" in row for row in rows)
+
+
+def _load(file: Path) -> Any:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{file}: not readable as JSON ({exc}); download it again") from exc
-    image_rows, annotation_rows = (_read_table(file, content, name) for name in ("images", "annotations"))
-    _refuse_masks(file, annotation_rows)
+
+
+def _checked(file: Path, content: Any) -> dict[str, Any]:
+    for name in _TABLES:
+        rows = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise DataError(f"{file}: {name} is no list of maps, expected a COCO instances file")
+    return dict(content)
+
+
+def _split_by_file(
+    root: Path, files: dict[Path, dict[str, Any]], options: ReadOptions
+) -> dict[Path, str | None]:
+    """Return the split of each file; two of one split keep their full names apart."""
+    short = {
+        file: named_split(file.stem) or folder_split(PurePosixPath(file.relative_to(root).as_posix()))
+        for file in files
+    }
+    if options.is_resplit:
+        return dict.fromkeys(files)
+    known = [split for split in short.values() if split]
+    if len(set(known)) < len(known):
+        full = {file: file.stem.removeprefix("instances_") for file in files}
+        if len(set(full.values())) == len(files):
+            return {file: full[file] if short[file] else None for file in files}
+    return short
+
+
+def _read_file(
+    index: PictureIndex,
+    file: Path,
+    content: dict[str, Any],
+    number: int,
+    chosen: dict[str, str],
+    options: ReadOptions,
+) -> SourceContent:
     images: list[PixelImage] = []
     problems: list[ImportProblem] = []
+    num_lost_objects = 0
     names = _category_names(content)
     rows_by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in annotation_rows:
+    for row in content["annotations"]:
         rows_by_image[str(row.get("image_id"))].append(row)
-    for row in image_rows:
+    for row in content["images"]:
         rows = rows_by_image.pop(str(row.get("id")), [])
+        split = chosen[f"{number}:{row.get('file_name') or row.get('coco_url')}"]
         try:
-            image, found = _read_image(source, file, split, row, rows, names)
+            image, found = _read_image(index, file, split, row, rows, names, options)
         except AnnotationProblem as exc:
             item = f"image {row.get('id')}"
             problems.append(ImportProblem(file=str(file), item=item, kind=exc.kind, reason=str(exc)))
+            num_lost_objects += len(rows)
             continue
         images.append(image)
         problems.extend(found)
-    problems.extend(_orphans(file, rows_by_image))
+    orphans = _orphans(file, rows_by_image)
     return SourceContent(
         images=tuple(images),
-        problems=tuple(problems),
-        num_images_unreadable=len(image_rows) - len(images),
+        problems=(*problems, *orphans),
+        num_images_unreadable=len(content["images"]) - len(images),
+        num_objects_unreadable=num_lost_objects + len(orphans),
     )
-
-
-def _read_table(file: Path, content: Any, name: str) -> list[dict[str, Any]]:
-    rows = content.get(name) if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file}: {name} is no list of maps, expected a COCO instances file")
-    return rows
 
 
 def _category_names(content: dict[str, Any]) -> dict[str, str]:
     rows = content.get("categories")
     rows = rows if isinstance(rows, list) else []
     return {str(row.get("id")): str(row.get("name") or "") for row in rows if isinstance(row, dict)}
-
-
-def _refuse_masks(file: Path, rows: list[dict[str, Any]]) -> None:
-    masked = [row for row in rows if isinstance(row.get("segmentation"), dict) and not row.get("iscrowd")]
-    if masked:
-        raise DataError(
-            f"{file}: got {len(masked)} objects with run-length masks (RLE), first annotation "
-            f"{masked[0].get('id')}, expected polygons or boxes; turn the masks into polygons, or take "
-            "'segmentation' out of the file to import their boxes"
-        )
 
 
 def _orphans(file: Path, rows_by_image: dict[str, list[dict[str, Any]]]) -> list[ImportProblem]:
@@ -125,70 +192,116 @@ def _orphans(file: Path, rows_by_image: dict[str, list[dict[str, Any]]]) -> list
 
 
 def _read_image(
-    source: Path,
+    index: PictureIndex,
     file: Path,
     split: str,
     row: dict[str, Any],
-    rows: list[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
     names: dict[str, str],
+    options: ReadOptions,
 ) -> tuple[PixelImage, list[ImportProblem]]:
-    stated = row.get("file_name")
+    stated = row.get("file_name") or row.get("coco_url")  # LVIS has the address alone
     if not isinstance(stated, str) or not stated:
         raise AnnotationProblem("no image", f"file_name: got {stated!r:.80}, expected a path")
-    image_file, relative_path = _find_image(source, file.stem.removeprefix("instances_"), stated)
+    path = _find_picture(index, file, stated)
+    size = stated_size(row.get("width"), row.get("height"))
     objects: list[PixelObject] = []
     problems: list[ImportProblem] = []
     for entry in rows:
         item = f"annotation {entry.get('id')}"
         try:
-            objects.append(_read_object(entry, item, names))
+            objects.append(_read_object(entry, item, names, size, options))
         except AnnotationProblem as exc:
             problems.append(ImportProblem(file=str(file), item=item, kind=exc.kind, reason=str(exc)))
-    width, height = row.get("width"), row.get("height")
-    has_size = type(width) is int and type(height) is int and width > 0 and height > 0
     image = PixelImage(
         split=split,
         annotation=str(file),
-        image_file=image_file,
-        target_path=f"{split}/{relative_path.as_posix()}",
-        sample_id=relative_path.with_suffix("").as_posix(),
-        size=(int(width), int(height)) if has_size and width and height else None,
+        picture=index.file(path),
+        target_path=f"{split}/{_short_path(path, split).as_posix()}",
+        sample_id=_short_path(path, split).with_suffix("").as_posix(),
+        size=size,
         objects=tuple(objects),
         num_broken=len(problems),
     )
     return image, problems
 
 
-def _find_image(source: Path, split_name: str, stated: str) -> tuple[Path, Path]:
-    """Return the image's file and its path relative to the folder it was found in."""
-    folders = [source / split_name, source / "images" / split_name, source / "images", source]
-    for folder in folders:
-        try:
-            candidate = confine_image_path(folder, stated)
-        except DataError as exc:
-            raise AnnotationProblem("image outside", str(exc)) from exc
-        if candidate.is_file():
-            return candidate, candidate.relative_to(absolute_root(folder))
-    places = ", ".join(str(folder) for folder in folders)
-    raise AnnotationProblem("no image", f"got no image {stated} in {places}, expected one")
+def _find_picture(index: PictureIndex, file: Path, stated: str) -> PurePosixPath:
+    near = PurePosixPath(file.relative_to(index.root).as_posix())
+    # train2017/… of an instances_train2017.json counts as near, and so does images/train2017/…
+    hint = near.parent / file.stem.removeprefix("instances_") / near.name
+    return index.find(stated, hint)
 
 
-def _read_object(row: dict[str, Any], item: str, names: dict[str, str]) -> PixelObject:
-    if row.get("iscrowd"):
+def _short_path(path: PurePosixPath, split: str) -> PurePosixPath:
+    """Return ``path`` without the folders that hold all images of a split."""
+    parts = list(path.parts)
+    while len(parts) > 1 and (parts[0].lower() in ("images", "data") or named_split(parts[0]) is not None):
+        parts.pop(0)
+    return PurePosixPath(*parts)
+
+
+def _read_object(
+    row: dict[str, Any],
+    item: str,
+    names: dict[str, str],
+    size: tuple[int, int] | None,
+    options: ReadOptions,
+) -> PixelObject:
+    if _is_crowd(row):
         raise AnnotationProblem("crowd", "a crowd region is no single object; it cannot be learned as one")
     desc = names.get(str(row.get("category_id")), "")
     if not desc:
         raise AnnotationProblem("label", f"category_id {row.get('category_id')!r} names no category")
-    parts = row.get("segmentation") or []
-    if isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], list):
-        values = [annotation_number(value, "segmentation") for value in parts[0]]
+    segmentation = row.get("segmentation") or []
+    if isinstance(segmentation, dict):
+        try:
+            parts = bitmap_parts(decode_run_lengths(segmentation, size))
+            geometry, points = shape_of_parts(parts, options.masks)
+        except AnnotationProblem:
+            return _box(row, item, desc, "unreadable mask to its box")
+        conversion = f"mask to {options.masks}"
+        return PixelObject(item=item, desc=desc, geometry=geometry, points=points, conversion=conversion)
+    if isinstance(segmentation, list) and segmentation and isinstance(segmentation[0], list):
+        return _polygons(segmentation, item, desc, options)
+    return _box(row, item, desc, "")
+
+
+def _is_crowd(row: dict[str, Any]) -> bool:
+    """Say whether a row is a crowd region; CVAT marks every mask as one and says otherwise by attribute."""
+    attributes = row.get("attributes")
+    if isinstance(attributes, dict) and isinstance(row.get("segmentation"), dict):
+        return bool(attributes.get("is_crowd", False))
+    return bool(row.get("iscrowd"))
+
+
+def _polygons(segmentation: list[Any], item: str, desc: str, options: ReadOptions) -> PixelObject:
+    parts = []
+    for part in segmentation:
+        values = [annotation_number(value, "segmentation") for value in part]
         if len(values) < 6 or len(values) % 2:
+            if len(segmentation) > 1:
+                continue  # a stray part of two points beside whole ones
             raise AnnotationProblem(
                 "segmentation", f"got {len(values)} numbers, expected an even number of at least 6"
             )
-        return PixelObject(item=item, desc=desc, geometry="poly", points=tuple(values))
+        parts.append(values)
+    if len(segmentation) == 1:
+        return PixelObject(item=item, desc=desc, geometry="poly", points=tuple(parts[0]))
+    geometry, points = shape_of_parts([polygon_part(part) for part in parts], options.masks)
+    conversion = f"several parts to {options.masks}"
+    return PixelObject(item=item, desc=desc, geometry=geometry, points=points, conversion=conversion)
+
+
+def _box(row: dict[str, Any], item: str, desc: str, conversion: str) -> PixelObject:
     box = row.get("bbox")
     if not isinstance(box, list) or len(box) != 4:
         raise AnnotationProblem("no box", f"bbox: got {box!r:.80}, expected [x, y, width, height]")
     x, y, width, height = (annotation_number(value, "bbox") for value in box)
-    return PixelObject(item=item, desc=desc, geometry="bbox_2d", points=(x, y, x + width, y + height))
+    return PixelObject(
+        item=item,
+        desc=desc,
+        geometry="bbox_2d",
+        points=(x, y, x + width, y + height),
+        conversion=conversion,
+    )

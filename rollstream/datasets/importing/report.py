@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 MAX_SHOWN: Final = 20
+MAX_CLASSES: Final = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +27,20 @@ class ImportProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCount:
-    """Images and objects written to one split."""
+    """Images and objects written to one split, the objects also by class."""
 
     num_images: int
     num_objects: int
+    objects_by_class: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSummary:
-    """What was written to ``folder``, by split, and what was left out with its problem.
+    """What was written to ``folder``, by split, what was changed on the way, and what was left out and why.
 
     ``num_images_left_out`` and ``num_objects_left_out`` count what the source holds and the result does not;
-    an object on an image that was left out is among them.
+    ``num_objects_of_left_out_images`` of them stand on images that were left out. ``changes`` counts objects
+    (``clipped``, ``widened``, ``simplified``, conversions) and pictures (turned, scaled) by what was done.
     """
 
     folder: Path
@@ -45,16 +48,61 @@ class ImportSummary:
     num_images_left_out: int
     num_objects_left_out: int
     problems: tuple[ImportProblem, ...]
+    num_objects_of_left_out_images: int = 0
+    changes: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_clipped(self) -> int:
+        return self.changes.get("clipped", 0)
+
+    @property
+    def num_simplified(self) -> int:
+        return self.changes.get("simplified", 0)
+
+    @property
+    def num_converted(self) -> int:
+        """Objects that another kind of shape was made of: masks, parts, circles, thin polygons."""
+        return sum(count for name, count in self.changes.items() if " to " in name and "picture" not in name)
 
 
 def describe_summary(summary: ImportSummary) -> str:
-    """Return the summary as lines for a terminal: splits, what was left out, then the problems."""
+    """Return the summary as lines for a terminal: splits, classes, changes, what was left out and why."""
     lines = [
         f"{split}: {count.num_images} images, {count.num_objects} objects"
         for split, count in summary.splits.items()
     ]
-    lines.append(f"left out: {summary.num_images_left_out} images, {summary.num_objects_left_out} objects")
+    lines += _class_lines(summary.splits)
+    lines += [f"note: {note}" for note in summary.notes]
+    lines += [f"{name}: {count}" for name, count in sorted(_all_changes(summary).items())]
+    lines.append(
+        f"left out: {summary.num_images_left_out} images, {summary.num_objects_left_out} objects"
+        f" ({summary.num_objects_of_left_out_images} of them on those images)"
+    )
     return "\n".join([*lines, *list_problems(summary.problems), f"written to {summary.folder}"])
+
+
+def _all_changes(summary: ImportSummary) -> dict[str, int]:
+    return {"clipped": 0, "simplified": 0, **summary.changes}
+
+
+def _class_lines(splits: Mapping[str, SplitCount]) -> list[str]:
+    """Return a table of objects by class and split, most frequent first."""
+    totals: Counter[str] = Counter()
+    for count in splits.values():
+        totals.update(count.objects_by_class)
+    if not totals:
+        return []
+    shown = totals.most_common(MAX_CLASSES)
+    width = max(len("class"), *(len(name) for name, _ in shown))
+    head = "  ".join(f"{split:>8}" for split in splits)
+    lines = [f"{'class':{width}}  {head}"]
+    for name, _ in shown:
+        row = "  ".join(f"{count.objects_by_class.get(name, 0):>8}" for count in splits.values())
+        lines.append(f"{name:{width}}  {row}")
+    if len(totals) > len(shown):
+        lines.append(f"and {len(totals) - len(shown)} classes more")
+    return lines
 
 
 def list_problems(problems: Sequence[ImportProblem]) -> list[str]:
