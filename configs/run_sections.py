@@ -46,6 +46,8 @@ class DataSection(Section):
     """Order of the objects in a payload: top-left first, as in the file, or shuffled by the seed."""
     root: Text | None = None
     """Folder that image paths must not leave; null = the folder of each JSONL file."""
+    skip_untrainable: bool = False
+    """Leave out samples that cannot be trained or shown, and count them; off = refuse to start on them."""
     augment: AugmentSection = Field(default_factory=AugmentSection)
 
 

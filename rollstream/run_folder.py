@@ -135,6 +135,11 @@ class RunFolder:
         return self.path / "stack_samples.jsonl"
 
     @property
+    def untrainable(self) -> Path:
+        """Return the list of samples that the run leaves out, with reasons."""
+        return self.path / "untrainable.json"
+
+    @property
     def audit(self) -> Path:
         return self.path / "audit.json"
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from broker_schemas.errors import DataError
 from broker_schemas.method.images import absolute_root, confine_image_path, read_image_size
-from broker_schemas.method.object_fields import FieldProblem, read_object
+from broker_schemas.method.object_fields import ControlTokenProblem, FieldProblem, read_object
 from broker_schemas.records.records import MAX_ID_CHARS, GroundTruthObject
 
 Ordering = Literal["sorted", "dataset", "random"]
@@ -51,40 +51,47 @@ def read_dataset(
     ordering: Ordering = "sorted",
     seed: int = 0,
     check_images: bool = False,
+    passed_over: dict[str, str] | None = None,
 ) -> list[Sample]:
-    """Return the samples of a JSONL file in file order.
+    """Return the samples of a JSONL file in file order; blank lines are skipped.
 
     Image paths are relative to the file and must stay inside ``root`` (default: the folder of the file).
-    ``check_images`` opens each image's header and compares its size. Blank lines are skipped.
-    Raises DataError for a file that cannot be read or holds no sample, and one DataError with up to 20
-    problems, each with file, line and field, for lines that break the format.
+    ``check_images`` opens each image's header and compares its size. Lines whose labels hold a control token
+    go to ``passed_over`` (id to reason) where that is given.
+    Raises DataError for a file that cannot be read or holds no sample, and for lines that break the format
+    with up to 20 problems, each with file, line and field.
     """
     file = Path(jsonl_path)
     if ordering not in ORDERINGS:
         raise DataError(f"object ordering: got {ordering!r}, expected one of {', '.join(ORDERINGS)}")
     data_root = Path(root) if root is not None else file.parent
     samples: list[Sample] = []
-    problems: list[str] = []
-    line_by_id: dict[str, int] = {}
+    problems, line_by_id = list[str](), dict[str, int]()
     for line_number, line in _numbered_lines(file):
         where = f"{file}:{line_number}"
         try:
             sample = _read_line(line, file, line_number, data_root)
             if check_images:
                 _check_images(sample)
+        except ControlTokenProblem as exc:
+            if passed_over is None:
+                problems.append(f"{where}: {exc}")
+            else:
+                passed_over[_line_id(line, file, line_number)] = f"line {line_number}: {exc}"
+            continue
         except (FieldProblem, DataError) as exc:
             problems.append(f"{where}: {exc}")
             continue
-        if sample.sample_id in line_by_id:
+        first_line = line_by_id.setdefault(sample.sample_id, line_number)
+        if first_line != line_number:
             problems.append(
                 f"{where}: metadata.sample_id: got {sample.sample_id!r} again, expected each id once "
-                f"(first in line {line_by_id[sample.sample_id]})"
+                f"(first in line {first_line})"
             )
-        line_by_id.setdefault(sample.sample_id, line_number)
         samples.append(sample)
     if problems:
         raise DataError(_problem_report(file, problems))
-    if not samples:
+    if not samples and not passed_over:
         raise DataError(f"{file}: got no samples, expected one JSON record a line")
     return [_with_ordering(sample, ordering, seed) for sample in samples]
 
@@ -204,6 +211,12 @@ def _read_label(metadata: Mapping[str, Any], name: str, default: str) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_ID_CHARS:
         raise FieldProblem(f"metadata.{name}: got {value!r:.80}, expected 1 to {MAX_ID_CHARS} characters")
     return value
+
+
+def _line_id(line: str, file: Path, line_number: int) -> str:
+    """Return the sample id of a line that is JSON, whatever else is wrong with it."""
+    metadata = json.loads(line).get("metadata", {})
+    return _read_label(metadata, "sample_id", f"{file.stem}-{line_number}")
 
 
 def _required(record: Mapping[str, Any], name: str) -> Any:

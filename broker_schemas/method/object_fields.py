@@ -19,6 +19,10 @@ class FieldProblem(ValueError):
     """A field that breaks the format; the message names the field, what it got and what was expected."""
 
 
+class ControlTokenProblem(FieldProblem):
+    """A label that holds a control token of the chat format: readable, but not to be trained on."""
+
+
 def read_object(value: object, name: str) -> GroundTruthObject:
     """Return the object in the decoded JSON ``value``; ``name`` is its field, say ``objects[2]``.
 
@@ -49,7 +53,7 @@ def check_desc(value: object, name: str) -> str:
         raise FieldProblem(f"{name}: got {value!r:.80}, expected text without lone surrogates")
     control = _CHAT_TOKEN.search(value)
     if control:
-        raise FieldProblem(f"{name}: got the control token {control.group()}, expected plain text")
+        raise ControlTokenProblem(f"{name}: got the control token {control.group()}, expected plain text")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,42 +13,50 @@ from rich.progress import Progress
 data_app = typer.Typer(no_args_is_help=True)
 model_app = typer.Typer(no_args_is_help=True)
 Destination = Annotated[Path, typer.Argument(help="folder to write")]
+ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 Seed = Annotated[int, typer.Option(help="seed")]
+
+
+Kind = Annotated[
+    Literal["voc", "coco", "labelme", "yolo", "qwen"],
+    typer.Argument(help="layout of SRC; qwen: JSON Lines of Qwen-VL grounding"),
+]
+Masks = Annotated[
+    Literal["outline", "hull", "box"], typer.Option(help="what masks and objects of several parts become")
+]
+Simplify = Annotated[
+    float, typer.Option(min=0, help="polygons lose vertices that move them by less, in bins; 0: none")
+]
+Base = Annotated[Literal["auto", "0", "1"], typer.Option(help="first pixel of VOC's coordinates")]
+Coordinates = Annotated[
+    Literal["auto", "pixels", "thousandths"], typer.Option(help="what the numbers of qwen lines are")
+]
+GroupBy = Annotated[Literal["file", "folder"], typer.Option(help="what the split keeps together")]
 
 
 @data_app.command("import")
 def import_data(
-    kind: Annotated[
-        Literal["voc", "coco", "labelme", "yolo", "qwen"],
-        typer.Argument(help="layout of SRC; qwen: JSON Lines of Qwen-VL grounding"),
-    ],
+    kind: Kind,
     src: Annotated[Path, typer.Argument(help="folder of the data set; coco and qwen take a file too")],
     dst: Destination,
     strict: Annotated[bool, typer.Option(help="refuse the whole set for one broken annotation")] = False,
     val_share: Annotated[float, typer.Option(help="share for validation where SRC has no splits")] = 0.1,
     seed: Annotated[int, typer.Option(help="seed of that split")] = 0,
     resplit: Annotated[bool, typer.Option(help="split by share although SRC has splits")] = False,
-    group_by: Annotated[
-        Literal["file", "folder"], typer.Option(help="what the split keeps together")
-    ] = "file",
-    masks: Annotated[
-        Literal["outline", "hull", "box"], typer.Option(help="what masks and objects of several parts become")
-    ] = "outline",
-    simplify: Annotated[
-        float, typer.Option(min=0, help="polygons lose vertices that move them by less, in bins; 0: none")
-    ] = 1.0,
-    base: Annotated[
-        Literal["auto", "0", "1"], typer.Option(help="first pixel of VOC's coordinates")
-    ] = "auto",
-    coordinates: Annotated[
-        Literal["auto", "pixels", "thousandths"], typer.Option(help="what the numbers of qwen lines are")
-    ] = "auto",
+    group_by: GroupBy = "file",
+    masks: Masks = "outline",
+    simplify: Simplify = 1.0,
+    base: Base = "auto",
+    coordinates: Coordinates = "auto",
     link: Annotated[bool, typer.Option(help="hard links to the pictures instead of copies")] = False,
     model: Annotated[
-        Path | None, typer.Option(help="model folder whose tokens the lengths are told in")
+        Path | None, typer.Option(help="model folder; tells lengths in its tokens, and settings")
     ] = None,
 ) -> None:
     """Import a data set with boxes, polygons or masks; ends with a table of what was done."""
+    from rollstream.commands.measuring_data import after_import
     from rollstream.datasets.importing import describe_summary, import_dataset
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -70,6 +79,31 @@ def import_data(
         )
     console = Console(soft_wrap=True, highlight=False)
     console.print(describe_summary(summary), markup=False)
+    for line in after_import(summary.folder, sorted(summary.splits), model):
+        console.print(line, markup=False)
+
+
+@data_app.command("check")
+def check(
+    config: ConfigPath,
+    quick: Annotated[bool, typer.Option(help="look at headers of pictures only, as doctor does")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find every sample that could not be trained or shown; the longest lengths with the values to set."""
+    from configs import load_config
+    from rollstream.commands.checking_data import check_data, check_to_json, describe_check, refuse_problems
+
+    loaded = load_config(config, tuple(overrides or ()))
+    with Console(stderr=True).status("looking at every sample"):
+        reports = check_data(loaded, is_thorough=not quick)
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps(check_to_json(reports)))
+    else:
+        for text in describe_check(loaded, reports):
+            console.print(text, markup=False)
+    refuse_problems(reports)
 
 
 @data_app.command()

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from broker_schemas.errors import ConfigError, DataError, RollstreamError
 from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.method.trainability import REASONS, SampleReport, count_reasons
 from configs import RunConfig
 from consumers.joins import examine_join
 from producers.chunking import InfeasibleChunk, chunk_per_rank
@@ -18,6 +19,7 @@ from rollstream.run_lock import StackLock
 from rollstream.stack.ports_in_use import check_ports_free
 from rollstream.stack.scrape_targets import metrics_ports
 from rollstream.wiring import access
+from rollstream.wiring.trainable import examine_dataset, sample_ruler
 
 __all__ = ["examine", "render_findings"]
 SERVER_TIMEOUT_S: Final = 5.0
@@ -34,7 +36,11 @@ def examine(config: RunConfig) -> list[Finding]:
 
 
 def examine_data(config: RunConfig) -> Iterator[Finding]:
-    """Read both data sets whole, with a look at every image file."""
+    """Read both data sets whole: every line, every image's header, every length in tokens [D-3]."""
+    try:
+        ruler = sample_ruler(config)
+    except (RollstreamError, OSError, ValueError):
+        ruler = None  # the model's own check says what is wrong with it
     for key, path in (("train", config.data.train_jsonl), ("val", config.data.val_jsonl)):
         if path is None:
             continue
@@ -47,16 +53,40 @@ def examine_data(config: RunConfig) -> Iterator[Finding]:
             )
             continue
         try:
-            samples = access.read_samples(config, path)
+            report = examine_dataset(config, path, ruler)
         except DataError as exc:
             yield fail(check, str(exc), "correct those lines, or import the data set again")
             continue
-        missing = [file for sample in samples for file in sample.image_files if not file.is_file()]
-        if missing:
-            found = f"{len(missing)} images are not there, the first is {missing[0]}"
-            yield fail(check, found, "put them there, or correct the paths in the file")
+        yield from judge_samples(config, check, report)
+
+
+def judge_samples(config: RunConfig, check: str, report: SampleReport) -> Iterator[Finding]:
+    """Say which samples cannot be used, and whether rollouts can hold the longest list of objects."""
+    if report.problems:
+        first = "; ".join(str(problem) for problem in report.problems[:3])
+        reasons = ", ".join(
+            f"{count} x {REASONS[reason]}" for reason, count in count_reasons(report.problems).items()
+        )
+        found = f"{len(report.problems)} of {report.num_samples} samples cannot be used: {reasons}; {first}"
+        remedy = "rollstream data check CONFIG lists all; correct them, or set data.skip_untrainable: true"
+        left = report.num_samples - len(report.problems)
+        if config.data.skip_untrainable and left:
+            yield warn(check, f"{found} (left out)", remedy)
         else:
-            yield ok(check, f"{len(samples)} samples, all images are there")
+            yield fail(check, found, remedy)
+    elif report.longest is not None:
+        found = f"{report.num_samples} samples, the longest {report.longest.total} tokens"
+        yield ok(check, found)
+    else:
+        yield ok(check, f"{report.num_samples} samples, not measured in tokens: the model is not there yet")
+    limit = config.rollout_matching.max_new_tokens
+    if report.longest_payload > limit:
+        yield warn(
+            check,
+            f"the longest list of objects takes {report.longest_payload} tokens, max_new_tokens is {limit}: "
+            "rollouts of such images are always cut off",
+            f"set custom.extra.rollout_matching.max_new_tokens to at least {report.longest_payload}",
+        )
 
 
 def examine_model(config: RunConfig) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from typing import Any
 from configs import RunConfig, load_config, show
 from rollstream.models.run_model import make_described_model
 from rollstream.wiring import access
+from rollstream.wiring.trainable import describe_untrainable, find_untrainable, write_untrainable
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,22 @@ def learn_or_spawn(path: Path, overrides: Sequence[str]) -> int:
     rank = os.environ.get("RANK")
     if rank is None:
         make_described_model(config)
+        leave_out_untrainable(config)
     if rank is None and config.learner_world_size > 1:
         return _spawn(config, path, overrides)
     access.log_to_stderr(config.run.name, "learn", int(rank or 0))
     prepare_run(config)
     run_rank(config, is_first=int(rank or 0) == 0)
     return 0
+
+
+def leave_out_untrainable(config: RunConfig) -> None:
+    """Refuse samples that cannot be trained, or write down and say which are left out [D-3]."""
+    untrainable = find_untrainable(config)
+    access.run_folder(config).path.mkdir(parents=True, exist_ok=True)
+    write_untrainable(config, untrainable)
+    for line in describe_untrainable(untrainable):
+        sys.stderr.write(f"{line}\n")
 
 
 def prepare_run(config: RunConfig) -> None:

@@ -17,10 +17,14 @@ from rollstream.stack.embedded_redis import find_redis_server
 from rollstream.stack.ports_in_use import check_ports_free
 from rollstream.stack.scrape_targets import metrics_ports
 from rollstream.wiring import access
+from rollstream.wiring.trainable import Untrainable, find_untrainable
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Find what would fail later, before anything is written; raises ConfigError, DataError, BrokerError."""
+def check_inputs(config: RunConfig) -> Untrainable:
+    """Find what would fail later, before anything is written; raises ConfigError, DataError, BrokerError.
+
+    Returns the samples that the run leaves out.
+    """
     data = config.data
     for key, path in (("data.train_jsonl", data.train_jsonl), ("data.val_jsonl", data.val_jsonl)):
         if path is not None and not Path(path).is_file():
@@ -28,16 +32,16 @@ def check_inputs(config: RunConfig) -> None:
                 f"{key}: no file {path}; correct the path (it is relative to the working directory, "
                 f"{Path.cwd()}), or make the data with 'rollstream data import' or 'rollstream data scenes'"
             )
-        if path is not None:
-            access.read_samples(config, path, check_images=True)
     if config.model.name_or_path is not None:
         access.model_dir(config)
+    untrainable = find_untrainable(config)
     if config.metrics.base_port:
         check_ports_free(config.metrics.host, {port: str(name) for name, port in metrics_ports(config)})
     if config.broker.url is None:
         find_redis_server()
-        return
+        return untrainable
     _check_servers(config)
+    return untrainable
 
 
 def _check_servers(config: RunConfig) -> None:

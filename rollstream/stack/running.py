@@ -44,6 +44,7 @@ from rollstream.stack.supervisor import Member, StackResult, Supervisor
 from rollstream.stack.view import StackView
 from rollstream.staged_folder import write_atomically
 from rollstream.wiring import access
+from rollstream.wiring.trainable import describe_untrainable, write_untrainable
 
 __all__ = ["StackOptions", "StackResult", "run_stack"]
 SIGNAL_BASE: Final = 128
@@ -91,11 +92,14 @@ def run_stack(
     config = load_config(config_path, overrides) if overrides != options.overrides else config
     folder = access.run_folder(config)
     StackLock.check_free(folder.path)
-    check_inputs(config)
+    untrainable = check_inputs(config)
     folder.path.mkdir(parents=True, exist_ok=True)
     lock = StackLock.acquire(folder.path)
     try:
         write_atomically(folder.resolved_config, resolved_yaml(config))
+        write_untrainable(config, untrainable)
+        for line in describe_untrainable(untrainable):
+            (options.console or Console()).print(line, markup=False, soft_wrap=True)
         launch = LaunchSettings(
             config_path=config_path, overrides=overrides, learner_world_size=config.learner_world_size
         )

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, check_server, check_takes_jobs, open_redis
-from broker_schemas.errors import ConfigError
+from broker_schemas.errors import ConfigError, DataError
 from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import resolve_model_dir
@@ -125,14 +125,29 @@ def image_processor(config: RunConfig, folder: Path, jsonl: str) -> ImageProcess
     )
 
 
-def read_samples(config: RunConfig, jsonl: str, *, check_images: bool = False) -> list[Sample]:
-    """Return a data set in the run's object order, its images opened on request; raises DataError."""
+def read_samples(config: RunConfig, jsonl: str) -> list[Sample]:
+    """Return a data set in the run's object order, without what the run leaves out; raises DataError."""
+    if not config.data.skip_untrainable:
+        return read_whole(config, jsonl)
+    from rollstream.wiring.trainable import untrainable_ids
+
+    left_out = untrainable_ids(config, jsonl)
+    kept = [
+        sample for sample in read_whole(config, jsonl, passed_over={}) if sample.sample_id not in left_out
+    ]
+    if not kept:
+        raise DataError(f"{jsonl}: no sample is left; 'rollstream data check' says why")
+    return kept
+
+
+def read_whole(config: RunConfig, jsonl: str, *, passed_over: dict[str, str] | None = None) -> list[Sample]:
+    """Return every sample of a data set in the run's object order; ``passed_over`` as ``read_dataset``."""
     return read_dataset(
         jsonl,
         root=config.data.root,
         ordering=config.data.object_ordering,
         seed=config.run.seed,
-        check_images=check_images,
+        passed_over=passed_over,
     )
 
 

@@ -17,6 +17,7 @@ from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import open_image
 from rollstream.commands.program import app
 from rollstream.datasets.importing import import_dataset
+from rollstream.models.shipped import SHIPPED_MODEL
 from tests.builders.datasets import write_coco, write_labelme, write_picture, write_voc
 
 BOX = (127, 128, 444, 383)
@@ -368,12 +369,20 @@ def test_splits_of_the_source_can_be_set_aside(tmp_path: Path) -> None:
 def test_the_command_takes_every_option_and_ends_with_a_table(tmp_path: Path) -> None:
     source = write_voc(tmp_path / "voc", {"a": [("RBC", 9, 7, 29, 19)], "b": [("WBC", 0, 7, 29, 19)]})
     options = ["--val-share", "0.5", "--seed", "3", "--link", "--base", "1", "--masks", "box"]
-    options += ["--group-by", "file", "--simplify", "2"]
+    options += ["--group-by", "file", "--simplify", "2", "--model", str(SHIPPED_MODEL)]
 
     done = CliRunner().invoke(app, ["data", "import", "voc", str(source), str(tmp_path / "out"), *options])
 
     assert done.exit_code == 0, done.output
-    for words in ("train: 1 images", "val: 1 images", "RBC", "WBC", "clipped: 1", "left out: 0 images"):
+    for words in (
+        "train: 1 images",
+        "val: 1 images",
+        "RBC",
+        "WBC",
+        "clipped: 1",
+        "left out: 0 images",
+        "longest sample: ",
+    ):
         assert words in done.output
 
 

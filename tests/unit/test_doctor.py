@@ -29,6 +29,7 @@ from rollstream.models.shipped import SHIPPED_MODEL
 from rollstream.run_lock import StackLock
 from rollstream.wiring.access import PORT_OFFSETS
 from tests.builders.configs import METHOD, load_mapping, make_mapping, put
+from tests.builders.datasets import write_picture
 
 FACTS = BrokerFacts(
     server="7.2.0",
@@ -47,7 +48,7 @@ def facts(**changes: Any) -> BrokerFacts:
 
 def config_of(folder: Path, **settings: Any) -> RunConfig:
     """A run in ``folder`` with one sample whose image is there."""
-    (folder / "one.png").write_bytes(b"")
+    write_picture(folder / "one.png", 10, 10)
     sample = {
         "images": ["one.png"],
         "width": 10,

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from broker_schemas.errors import DataError
 from broker_schemas.records.records import MAX_ID_CHARS, GroundTruthObject
@@ -119,13 +119,7 @@ def import_dataset(
     if not first.checked:
         raise DataError(_refusal(source_path, "no usable image among broken annotations", problems))
     arguments = {"kind": kind, "strict": strict, "simplify_bins": simplify_bins, **asdict(options)}
-    try:
-        with staged_folder(folder, MAKER, arguments) as staging:
-            splits = _write_splits(staging, first.checked, link_images)
-    except OSError as exc:
-        raise DataError(
-            f"{folder}: cannot be written ({exc.strerror or exc}); free some space, or choose another folder"
-        ) from exc
+    splits = _write(folder, arguments, first.checked, link_images)
     return _summarise(folder, content, first, splits, problems)
 
 
@@ -224,6 +218,18 @@ def _problem(image: PixelImage, item: str, exc: AnnotationProblem) -> ImportProb
     return ImportProblem(
         file=image.annotation, item=f"{item} of {image.sample_id}", kind=exc.kind, reason=str(exc)
     )
+
+
+def _write(
+    folder: Path, arguments: dict[str, Any], checked: Sequence[_Checked], is_linked: bool
+) -> dict[str, SplitCount]:
+    try:
+        with staged_folder(folder, MAKER, arguments) as staging:
+            return _write_splits(staging, checked, is_linked)
+    except OSError as exc:
+        raise DataError(
+            f"{folder}: cannot be written ({exc.strerror or exc}); free some space, or choose another folder"
+        ) from exc
 
 
 def _write_splits(folder: Path, checked: Sequence[_Checked], is_linked: bool) -> dict[str, SplitCount]:

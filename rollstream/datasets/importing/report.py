@@ -74,16 +74,16 @@ def describe_summary(summary: ImportSummary) -> str:
     ]
     lines += _class_lines(summary.splits)
     lines += [f"note: {note}" for note in summary.notes]
-    lines += [f"{name}: {count}" for name, count in sorted(_all_changes(summary).items())]
+    lines.append(
+        f"clipped: {summary.num_clipped}, simplified: {summary.num_simplified}, "
+        f"converted: {summary.num_converted}"
+    )
+    lines += [f"  {count} x {name}" for name, count in sorted(summary.changes.items())]
     lines.append(
         f"left out: {summary.num_images_left_out} images, {summary.num_objects_left_out} objects"
         f" ({summary.num_objects_of_left_out_images} of them on those images)"
     )
     return "\n".join([*lines, *list_problems(summary.problems), f"written to {summary.folder}"])
-
-
-def _all_changes(summary: ImportSummary) -> dict[str, int]:
-    return {"clipped": 0, "simplified": 0, **summary.changes}
 
 
 def _class_lines(splits: Mapping[str, SplitCount]) -> list[str]:
