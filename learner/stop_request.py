@@ -7,10 +7,14 @@ import threading
 
 
 class StopRequest:
-    """Set once, read by the loop between steps; ``wait`` is the loop's only pause."""
+    """Set once, read by the loop between steps; ``wait`` is the loop's only pause.
+
+    ``signal_number`` is the first signal that asked, None for none.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self.signal_number: int | None = None
 
     @property
     def is_set(self) -> bool:
@@ -30,5 +34,6 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: object) -> None:
+        self.signal_number = self.signal_number or number
         self._event.set()
         signal.signal(number, signal.SIG_DFL)

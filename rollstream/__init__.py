@@ -1,1 +1,42 @@
-"""The operator's front door: command line, local stack, report, live view, inspection."""
+"""The operator's front door: command line, local stack, report, live view, inspection; and the library doors.
+
+``import rollstream`` loads nothing but this; a door is loaded when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from broker_schemas.client import PackFeed, SegmentSink
+    from broker_schemas.torch_dataset import PackDataset
+    from configs import load_config
+    from rollstream.datasets.importing import import_dataset
+    from rollstream.evaluation.evaluating import evaluate
+
+__all__ = ["PackDataset", "PackFeed", "SegmentSink", "evaluate", "import_dataset", "load_config"]
+
+_DOORS: Final = {
+    "SegmentSink": "broker_schemas.client",
+    "PackFeed": "broker_schemas.client",
+    "PackDataset": "broker_schemas.torch_dataset",
+    "load_config": "configs",
+    "evaluate": "rollstream.evaluation.evaluating",
+    "import_dataset": "rollstream.datasets.importing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a library door; raises ImportError in one line where another project's package hides ours."""
+    if name not in _DOORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    from rollstream.package_paths import check_not_hidden
+
+    check_not_hidden()
+    return getattr(import_module(_DOORS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_DOORS])

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from broker_schemas.errors import ConfigError, DataError
 
 Row = dict[str, Any]
@@ -214,6 +212,8 @@ def read_json_map(path: Path) -> Row | None:
 
 def read_resolved_config(path: Path) -> Row:
     """Return the resolved configuration as a map, empty when missing; raises DataError when it is no map."""
+    import yaml
+
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

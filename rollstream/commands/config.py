@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from configs import load_config, show
+from rollstream.commands.loading import load_run
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -20,6 +20,8 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Check configuration files; all problems of a file in one report."""
+    from configs import show
+
     console = Console(soft_wrap=True, highlight=False)
     reports = show.check_files(files)
     if as_json:
@@ -39,6 +41,8 @@ def check(
             )
             for problem in item.problems:
                 console.print(f"  {problem}", markup=False)
+    if not as_json and all(item.is_ok for item in reports):
+        console.print(f"next: rollstream doctor {files[0]}", markup=False)
     if not all(item.is_ok for item in reports):
         raise typer.Exit(2)
 
@@ -50,7 +54,9 @@ def show_config(
     sources: Annotated[bool, typer.Option(help="say where each value comes from")] = True,
 ) -> None:
     """Show the resolved configuration, with the source of each value."""
-    config = load_config(file, tuple(overrides or ()))
+    from configs import show
+
+    config = load_run(file, overrides)
     text = show.with_sources(config) if sources else show.resolved_yaml(config)
     Console(soft_wrap=True, highlight=False).print(text, markup=False)
 
@@ -58,4 +64,6 @@ def show_config(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema, for editors."""
+    from configs import show
+
     Console(soft_wrap=True).print_json(json.dumps(show.json_schema()))

@@ -91,10 +91,10 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Find every sample that could not be trained or shown; the longest lengths with the values to set."""
-    from configs import load_config
     from rollstream.commands.checking_data import check_data, check_to_json, describe_check, refuse_problems
+    from rollstream.commands.loading import load_run
 
-    loaded = load_config(config, tuple(overrides or ()))
+    loaded = load_run(config, overrides)
     with Console(stderr=True).status("looking at every sample"):
         reports = check_data(loaded, is_thorough=not quick)
     console = Console(soft_wrap=True, highlight=False)
@@ -127,7 +127,9 @@ def scenes(
             image_size=image_size,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    Console(soft_wrap=True, highlight=False).print(str(summary), markup=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(str(summary), markup=False)
+    console.print("next: rollstream up configs/demo.yaml", markup=False)
 
 
 @model_app.command()

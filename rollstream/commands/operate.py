@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from configs import load_config
+from rollstream.commands.loading import load_run
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
@@ -27,7 +27,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     from rollstream.commands.preparing import prepare_inputs
 
     console = Console(soft_wrap=True, highlight=False)
-    for line in prepare_inputs(load_config(config, tuple(overrides or ()))):
+    for line in prepare_inputs(load_run(config, overrides)):
         console.print(line, markup=False)
 
 
@@ -40,7 +40,7 @@ def export(
     from rollstream.watch.export import run_exporter
     from rollstream.wiring.access import log_to_stderr
 
-    loaded = load_config(config, tuple(overrides or ()))
+    loaded = load_run(config, overrides)
     log_to_stderr(loaded.run.name, "export", index)
     run_exporter(loaded, index)
 
@@ -64,13 +64,14 @@ def dashboards(
 
 def doctor(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check everything that a run needs, and say what to change; exit status 1 when something fails."""
-    from rollstream.doctor.examining import examine, render_findings
+    from rollstream.doctor.examining import examine, render_findings, verdict_line
 
-    findings = examine(load_config(config, tuple(overrides or ())))
+    findings = examine(load_run(config, overrides))
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
         console.print_json(json.dumps([finding.to_json() for finding in findings]))
     else:
         console.print(render_findings(findings))
+        console.print(verdict_line(findings, config), markup=False)
     if any(finding.verdict == "fail" for finding in findings):
         raise typer.Exit(1)

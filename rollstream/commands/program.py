@@ -1,20 +1,22 @@
 """The command line: reads arguments, files and environment, calls the parts, turns errors into exit statuses.
 
 Exit statuses: 0 done, 1 a fault of ours, 2 configuration, data or usage, 3 the run stopped for a named
-reason, 4 the broker, 130 interrupted.
+reason, 4 the broker, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
 
 from broker_schemas.errors import BrokerError, ConfigError, DataError, RollstreamError, RunStopped
-from configs import RunConfig, load_config
 from rollstream.commands import bench as cli_bench
 from rollstream.commands import config as cli_config
 from rollstream.commands import data as cli_data
@@ -24,13 +26,17 @@ from rollstream.commands import runs as cli_runs
 from rollstream.commands import security as cli_security
 from rollstream.commands import sweep as cli_sweep
 from rollstream.commands import vllm as cli_vllm
+from rollstream.commands.loading import load_run
+
+if TYPE_CHECKING:
+    from configs import RunConfig
 
 app = typer.Typer(
     name="rollstream",
     help="Train vision-language models on their own outputs, without making the trainer wait for them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_config.app, name="config", help="Check and show configurations.")
 app.add_typer(cli_data.data_app, name="data", help="Import and generate data sets.")
@@ -49,13 +55,43 @@ Overrides = Annotated[
 ]
 Index = Annotated[int, typer.Option(help="number of this process among those of its role")]
 
-CONFIG_STATUS, STOPPED_STATUS, BROKER_STATUS, INTERRUPTED_STATUS = 2, 3, 4, 130
+CONFIG_STATUS, STOPPED_STATUS, BROKER_STATUS, INTERRUPTED_STATUS, PIPE_STATUS = 2, 3, 4, 130, 141
+_REMEDIES: Final = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some space, or write to another disk",
+    errno.EROFS: "the disk is read-only; write to another one",
+    errno.EACCES: "get the right to it, or write to another folder",
+    errno.EPERM: "get the right to it, or write to another folder",
+    errno.ENOTDIR: "a file is in the way; choose another folder",
+    errno.EEXIST: "a file is in the way; choose another folder",
+}
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("rollstream")
+        except PackageNotFoundError:
+            number = "not installed: run from its source"
+        sys.stdout.write(f"rollstream {number}\n")
+        raise typer.Exit(0)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="say the version and end")
+    ] = False,
+) -> None:
+    """Train vision-language models on their own outputs, without making the trainer wait for them."""
 
 
 def _load(path: Path, overrides: list[str] | None, role: str, index: int) -> RunConfig:
     from rollstream.wiring.access import log_to_stderr
 
-    config = load_config(path, tuple(overrides or ()))
+    config = load_run(path, overrides)
     log_to_stderr(config.run.name, role, index)
     return config
 
@@ -112,9 +148,13 @@ def learn(config: ConfigPath, overrides: Overrides = None) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program; errors that we know end with one message and their exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # odd text in data ends no command
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         status: Any = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
     except RollstreamError as exc:
         _say(console, exc)
         sys.exit(_status_of(exc))
@@ -123,6 +163,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         console.print("interrupted")
         sys.exit(INTERRUPTED_STATUS)
+    except BrokenPipeError:
+        # the reader went away, as `head` does; nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(PIPE_STATUS)
+    except OSError as exc:
+        _say(console, _place_problem(exc))
+        sys.exit(CONFIG_STATUS)
     except Exception as exc:
         if exc.__class__.__module__.startswith(("click", "typer")):  # usage errors of the command line itself
             exc.show() if hasattr(exc, "show") else _say(console, exc)
@@ -131,7 +178,16 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _say(console: Console, error: BaseException) -> None:
+def _place_problem(error: OSError) -> str:
+    """Return what a file, a folder or the disk refused, and what to do; our own faults have no file."""
+    if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        raise error
+    remedy = _REMEDIES.get(error.errno or 0, "check the path")
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return f"{place}{(error.strerror or str(error)).lower()}; {remedy}"
+
+
+def _say(console: Console, error: BaseException | str) -> None:
     console.print(f"rollstream: {error}", markup=False)
 
 

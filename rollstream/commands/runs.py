@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from configs import load_config
+from rollstream.commands.loading import load_run
 from rollstream.run_folder import RunFolder
 
 RunPath = Annotated[Path, typer.Argument(help="folder of the run, runs/<name>")]
@@ -42,18 +42,21 @@ def up(
 ) -> None:
     """Run the whole stack on this machine; Ctrl-C stops all of it, the same command goes on with it."""
     from rollstream.models.run_model import make_described_model
+    from rollstream.stack.learn_progress import closing_lines
     from rollstream.stack.running import StackOptions, run_stack
 
     console = Console(soft_wrap=False)
     given = tuple(overrides or ())
     options = StackOptions(steps=steps, producers=producers, matchers=matchers, overrides=given)
-    loaded = load_config(config, given)
+    loaded = load_run(config, given)
     make_described_model(loaded)
     result = run_stack(config, loaded, options)
     if result.reason:
         console.print(result.reason, markup=False)
     if result.exit_status:
         raise typer.Exit(result.exit_status)
+    for line in ("up: finished", *closing_lines(loaded, config)):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def demo(
@@ -77,7 +80,7 @@ def smoke(
     from rollstream.models.run_model import make_described_model
     from rollstream.show.smoke import run_smoke
 
-    loaded = load_config(config, tuple(overrides or ()))
+    loaded = load_run(config, overrides)
     make_described_model(loaded)
     result = run_smoke(loaded, num_samples=num_samples)
     console = Console(soft_wrap=True, highlight=False)
@@ -91,23 +94,29 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Option(help="model folder; default: the run's latest checkpoint")
     ] = None,
-    label: Annotated[str | None, typer.Option(help="also write evaluation-<label>.json to the run")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="name of the evaluation in the run; default: the checkpoint's name")
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(help="validation images, the first ones")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model on the validation set: precision, recall, F1 and COCO mAP."""
-    from rollstream.evaluation.evaluating import evaluate_run
+    from rollstream.evaluation.evaluating import evaluate_run, label_of
+    from rollstream.wiring.access import run_folder
 
-    metrics = evaluate_run(
-        load_config(config, tuple(overrides or ())), model=model, label=label, num_samples=num_samples
-    )
+    loaded = load_run(config, overrides)
+    name = label or label_of(loaded, model)
+    metrics = evaluate_run(loaded, model=model, label=name, num_samples=num_samples)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
         console.print_json(json.dumps(metrics))
     else:
         for name, value in metrics.items():
             console.print(f"{name:34} {value:.4f}" if isinstance(value, float) else f"{name:34} {value}")
+        folder = run_folder(loaded)
+        console.print(f"evaluation: {folder.evaluation(name)}", markup=False)
+        console.print(f"next: rollstream report {folder.path}", markup=False)
 
 
 def audit(
@@ -131,6 +140,7 @@ def audit(
         console.print(render_sample(result, sample))
     else:
         console.print(render_audit(result))
+        console.print(f"audit: {RunFolder(run).audit}", markup=False, soft_wrap=True)
     if not result.balanced:
         raise typer.Exit(1)
 
@@ -177,4 +187,4 @@ def report(run: RunPath) -> None:
     path = write_report(folder)
     console = Console()
     console.print(render_terminal(build_report(folder)))
-    console.print(f"report: {path}", markup=False)
+    console.print(f"report: {path.resolve()}; open it in a browser", markup=False, soft_wrap=True)

@@ -35,6 +35,14 @@ def examine(config: RunConfig) -> list[Finding]:
     return found
 
 
+def verdict_line(findings: Sequence[Finding], config_path: Path) -> str:
+    """Return what the findings come to, and what to do next."""
+    failed = sum(finding.verdict == "fail" for finding in findings)
+    if failed:
+        return f"{failed} of {len(findings)} checks failed; change what the arrows say and look again"
+    return f"nothing fails; next: rollstream up {config_path}, or rollstream learn for a warm start"
+
+
 def examine_data(config: RunConfig) -> Iterator[Finding]:
     """Read both data sets whole: every line, every image's header, every length in tokens [D-3]."""
     try:

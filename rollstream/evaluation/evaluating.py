@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,27 @@ def evaluate_run(
             root=access.data_root(config, jsonl),
         )
     return evaluation.metrics
+
+
+def evaluate(
+    config: RunConfig, *, model: str | Path | None = None, num_samples: int | None = None
+) -> dict[str, float]:
+    """Return the metrics of a model on the validation set of a loaded configuration: a library door.
+
+    ``model`` is a folder, by default the run's latest checkpoint, else its start model; ``num_samples``
+    images, the first ones, by default all. Keys are those of ROLLOUT_MATCHING section 10. Nothing is written.
+    """
+    chosen = Path(model) if model is not None else None
+    return evaluate_run(config, model=chosen, label=None, num_samples=num_samples)
+
+
+def label_of(config: RunConfig, model: Path | None) -> str:
+    """Return the name that an evaluation gets where none is given: the checkpoint's, or ``start``."""
+    checkpoint = latest_checkpoint(access.run_folder(config).checkpoints_dir)
+    chosen = model or checkpoint
+    if chosen is None:
+        return "start"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", chosen.resolve().name) or "model"
 
 
 def steps_of(folder: Path) -> int:

@@ -6,7 +6,6 @@ Owns the folder of a replay and the start of its ranks; what a rank does is in `
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from configs import RunConfig, load_config
 from consumers.packing import SELECTION_METHODS, SelectionMethod, require_method
 from rollstream.history.replay_plan import StepRange, archived_ledger, step_range
 from rollstream.history.replay_report import ReplayReport, compare_logs, weights_equal
+from rollstream.package_paths import safe_environment
 from rollstream.run_folder import RunFolder
 
 METHOD_KEYS: Final = (
@@ -169,9 +169,9 @@ def _run_ranks(config: RunConfig, spec: Path) -> None:
         str(world_size),
         "--standalone",
     ]
-    command = [sys.executable, *(launcher if world_size > 1 else []), *rank]
+    command = [sys.executable, "-P", *(launcher if world_size > 1 else []), *rank]
     threads = str(max(1, config.training.num_threads))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**safe_environment(), "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise RunStopped(

@@ -7,31 +7,59 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from configs import RunConfig, load_config, show
+from learner.stop_request import StopRequest
+from learner.train_loop import STOP_REQUESTED, LearnerOutcome
 from rollstream.models.run_model import make_described_model
+from rollstream.package_paths import safe_environment
+from rollstream.stack.learn_progress import closing_lines, opening_lines, step_progress
 from rollstream.wiring import access
 from rollstream.wiring.trainable import describe_untrainable, find_untrainable, write_untrainable
 
+SIGNAL_BASE: Final = 128
 log = logging.getLogger(__name__)
 
 
 def learn_or_spawn(path: Path, overrides: Sequence[str]) -> int:
-    """Return the exit status; under torchrun this process is one rank, else it starts all ranks and waits."""
+    """Return the exit status; under torchrun this process is one rank, else it starts all ranks and waits.
+
+    128 + n after signal n, so that a script does not go on from half a run.
+    """
     config = load_config(path, overrides)
     rank = os.environ.get("RANK")
-    if rank is None:
-        make_described_model(config)
-        leave_out_untrainable(config)
-    if rank is None and config.learner_world_size > 1:
-        return _spawn(config, path, overrides)
-    access.log_to_stderr(config.run.name, "learn", int(rank or 0))
+    if rank is not None:
+        # torchrun takes any other status for a failure and ends the ranks that still write
+        _run_here(config, int(rank))
+        return 0
+    make_described_model(config)
+    leave_out_untrainable(config)
+    _say(opening_lines(config))
+    status = _spawn(config, path, overrides) if config.learner_world_size > 1 else _run_here(config, 0)
+    if status == 0:
+        _say(["learn: finished", *closing_lines(config, path)])
+    elif status > SIGNAL_BASE:
+        stopped = signal.Signals(status - SIGNAL_BASE).name
+        _say([f"learn: stopped by {stopped}; the same command goes on from the last checkpoint"])
+    return status
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _run_here(config: RunConfig, rank: int) -> int:
+    """Run one rank in this process; return 0, or 128 + n where signal n ended it early."""
+    access.log_to_stderr(config.run.name, "learn", rank)
     prepare_run(config)
-    run_rank(config, is_first=int(rank or 0) == 0)
-    return 0
+    stop = StopRequest()
+    is_early = run_rank(config, stop, is_first=rank == 0).reason == STOP_REQUESTED
+    return SIGNAL_BASE + stop.signal_number if is_early and stop.signal_number is not None else 0
 
 
 def leave_out_untrainable(config: RunConfig) -> None:
@@ -39,8 +67,7 @@ def leave_out_untrainable(config: RunConfig) -> None:
     untrainable = find_untrainable(config)
     access.run_folder(config).path.mkdir(parents=True, exist_ok=True)
     write_untrainable(config, untrainable)
-    for line in describe_untrainable(untrainable):
-        sys.stderr.write(f"{line}\n")
+    _say(describe_untrainable(untrainable))
 
 
 def prepare_run(config: RunConfig) -> None:
@@ -55,32 +82,42 @@ def prepare_run(config: RunConfig) -> None:
 
 def _spawn(config: RunConfig, path: Path, overrides: Sequence[str]) -> int:
     command = [
-        *(sys.executable, "-m", "rollstream.stack.learner_launcher"),
+        *(sys.executable, "-P", "-m", "rollstream.stack.learner_launcher"),
         *("--nproc_per_node", str(config.learner_world_size)),
         *("--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"),
         *("-m", "rollstream.commands.program", "learn", str(path)),
         *(part for override in overrides for part in ("--set", override)),
     ]
     threads = str(max(1, config.training.num_threads))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**safe_environment(), "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(command, env=environment)
-    # a container's stop reaches this process alone: the ranks then finish their step and write a checkpoint
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    got: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        got.append(number)
+        # Ctrl-C reached the ranks too, a container's stop this process alone: they finish their step, write
+        # a checkpoint and end
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # the ranks had the same signal: they finish their step, write a checkpoint and end
-        process.wait()
-        return 130
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return SIGNAL_BASE + got[0] if got else status
 
 
-def run_rank(config: RunConfig, *, is_first: bool) -> None:
+def run_rank(config: RunConfig, stop: StopRequest, *, is_first: bool) -> LearnerOutcome:
     """Run this rank to its end; rank 0 evaluates and shows progress."""
     from rollstream.wiring.learn import run_learner_rank
 
     evaluate = _evaluation(config) if is_first else None
-    outcome = run_learner_rank(config, evaluate=evaluate, on_step=_progress(config) if is_first else None)
+    on_step = step_progress(config) if is_first else None
+    outcome = run_learner_rank(config, evaluate=evaluate, stop=stop, on_step=on_step)
     log.info("learner ended after %d optimizer steps: %s", outcome.optimizer_step, outcome.reason)
+    return outcome
 
 
 def _evaluation(config: RunConfig) -> Callable[[Any, int], dict[str, float]] | None:
@@ -96,39 +133,3 @@ def _evaluation(config: RunConfig) -> Callable[[Any, int], dict[str, float]] | N
         return metrics
 
     return evaluate
-
-
-def _progress(config: RunConfig) -> Callable[[dict[str, Any]], None]:
-    """Return what shows a step: a progress bar on a terminal, else a line now and then."""
-    total = config.training.max_steps
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        task = bar.add_task("training", total=total)
-        bar.start()
-
-        def show_bar(row: dict[str, Any]) -> None:
-            done = int(row["optimizer_step"]) + 1
-            f1 = f" F1 {row['eval_rollout_f1']:.3f}" if "eval_rollout_f1" in row else ""
-            bar.update(task, completed=done, description=f"{row['kind']} loss {row['loss']:.3f}{f1}")
-            if done >= total:
-                bar.stop()
-
-        return show_bar
-
-    def show_line(row: dict[str, Any]) -> None:
-        done = int(row["optimizer_step"]) + 1
-        if done % 10 == 0 or done == total or row["kind"] == "B":
-            log.info(
-                "step %d/%d %s (%s) loss %.4f", done, total, row["kind"], row["reason"], float(row["loss"])
-            )
-
-    return show_line

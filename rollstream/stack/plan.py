@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from configs import RunConfig
+from rollstream.package_paths import safe_environment
 from rollstream.stack.bound_process import bound_command
 from rollstream.stack.ports_in_use import LOOPBACK, free_loopback_port
 
@@ -70,6 +71,7 @@ def role_command(name: RoleName, settings: LaunchSettings) -> list[str]:
     """Return the command line of one process; the learner's has torchrun around its ranks, on a free port."""
     own = [
         sys.executable,
+        "-P",
         "-m",
         "rollstream.commands.program",
         COMMAND_OF_ROLE[name.role],
@@ -79,7 +81,7 @@ def role_command(name: RoleName, settings: LaunchSettings) -> list[str]:
     if name.role != LEARNER:
         return [*own, "--index", str(name.index)]
     return [
-        *(sys.executable, "-m", "rollstream.stack.learner_launcher"),
+        *(sys.executable, "-P", "-m", "rollstream.stack.learner_launcher"),
         *("--nproc_per_node", str(settings.learner_world_size), "--max-restarts", "0"),
         *("--master_addr", LOOPBACK, "--master_port", str(free_loopback_port())),
         *("--no-python", *bound_command(own, parent_pid=None)),
@@ -89,4 +91,8 @@ def role_command(name: RoleName, settings: LaunchSettings) -> list[str]:
 def role_environment(num_threads: int) -> dict[str, str]:
     """Return the variables that every process gets on top of ours; 0 threads leaves their number to torch."""
     fixed = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    return fixed | ({name: str(num_threads) for name in THREAD_VARIABLES} if num_threads else {})
+    return (
+        safe_environment()
+        | fixed
+        | ({name: str(num_threads) for name in THREAD_VARIABLES} if num_threads else {})
+    )

@@ -190,13 +190,19 @@ def rank_device(config: RunConfig, local_rank: int) -> torch.device:
 
 
 def run_learner_rank(
-    config: RunConfig, *, evaluate: Evaluate | None, on_step: Callable[[LogRow], None] | None = None
+    config: RunConfig,
+    *,
+    evaluate: Evaluate | None,
+    stop: StopRequest,
+    on_step: Callable[[LogRow], None] | None = None,
 ) -> LearnerOutcome:
-    """Run this rank, under torchrun or alone, until the run is done; raises RunStopped, ConfigError."""
+    """Run this rank, under torchrun or alone, until the run is done or ``stop`` is asked for by a signal.
+
+    Raises RunStopped, ConfigError.
+    """
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = rank_device(config, local_rank)
     fix_arithmetic(config.training.num_threads, is_cpu=device.type == "cpu")
-    stop = StopRequest()
     stop.follow_signals()
     broker = PatientBroker(
         learner_broker(config),
