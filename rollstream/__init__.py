@@ -32,9 +32,13 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    from rollstream.package_paths import check_not_hidden
+    from rollstream.package_paths import hidden_packages
 
-    check_not_hidden()
+    for package, ours, theirs in hidden_packages():
+        raise ImportError(
+            f"rollstream needs its package {package!r} at {ours.parent}, but {theirs} comes first on the "
+            "path; rename that one, or start Python where it is not on the path"
+        )
     return getattr(import_module(_DOORS[name]), name)
 
 

@@ -38,15 +38,6 @@ def prefer_ours() -> None:
         sys.path.insert(0, str(ROOT))
 
 
-def check_not_hidden() -> None:
-    """Raise ImportError, in one line with both paths, where a package of ours is hidden by another."""
-    for name, ours, theirs in hidden_packages():
-        raise ImportError(
-            f"rollstream needs its package {name!r} at {ours.parent}, but {theirs} comes first on the path; "
-            "rename that one, or start Python where it is not on the path"
-        )
-
-
 def safe_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return ``environment`` (default: ours) for a Python that imports from where this one does.
 
