@@ -80,7 +80,7 @@ requirements: $(STAMP)
 assets: $(STAMP)
 	@test ! -e $(WARM_RUN) || { echo "make assets: $(WARM_RUN) exists; move it away to train from the start"; exit 2; }
 	@set -e; commands=("rollstream data scenes data/scenes" "rollstream model tiny models/scenes_tiny" \
-	  "rollstream learn $(WARM_CONFIG)"); \
+	  "rollstream learn $(WARM_CONFIG) --set training.early_stop.target=0.6"); \
 	for command in "$${commands[@]}"; do echo "$$command"; $(BIN)/$$command; done; \
 	$(BIN)/python -m rollstream.models.shipped_checkpoint $(WARM_CONFIG) rollstream/assets/scenes_tiny "$${commands[@]}"
 

@@ -57,7 +57,7 @@ class TrainingSection(Section):
     """Batch contract, packing, optimizer, checkpoints and evaluation."""
 
     effective_batch_size: Count
-    """Raw rollouts (or ground-truth samples) per optimizer step over all ranks."""
+    """Raw rollouts (or ground-truth samples) a step over all ranks; a queued step trains what GA packs hold."""
     per_device_train_batch_size: Count = 1
     """Raw rollouts per rank and micro-step."""
     gradient_accumulation_steps: Count | None = None

@@ -106,6 +106,25 @@ def check(
     refuse_problems(reports)
 
 
+def new(
+    name: Annotated[str, typer.Argument(help="name of the run: a-z, 0-9 and hyphens")],
+    data: Annotated[Path, typer.Option(help="folder that data import wrote")],
+    model: Annotated[Path, typer.Option(help="model folder with coordinate tokens")],
+    folder: Annotated[Path, typer.Option(help="where the configurations go")] = Path(),
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="GPUs to use; default: those of this machine")
+    ] = None,
+    warm: Annotated[bool, typer.Option(help="the model writes the format already; no warm start")] = False,
+) -> None:
+    """Measure data and model, and write configurations with values of their own, explained."""
+    from rollstream.commands.new_run import describe_run, plan_run, write_run
+
+    run = plan_run(name, data, model, num_gpus=gpus, is_warm=warm)
+    console = Console(soft_wrap=True, highlight=False)
+    for line in describe_run(run, write_run(run, folder)):
+        console.print(line, markup=False)
+
+
 @data_app.command()
 def scenes(
     dst: Destination,

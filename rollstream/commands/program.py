@@ -42,6 +42,7 @@ app.add_typer(cli_config.app, name="config", help="Check and show configurations
 app.add_typer(cli_data.data_app, name="data", help="Import and generate data sets.")
 app.add_typer(cli_data.model_app, name="model", help="Make tiny models.")
 app.add_typer(cli_bench.app, name="bench", help="Measure the budgets.")
+app.command()(cli_data.new)
 cli_runs.register(app)
 cli_queue.register(app)
 cli_operate.register(app)

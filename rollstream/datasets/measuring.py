@@ -38,6 +38,7 @@ class DataMeasure:
     max_pixels: int
     longest_prompt: int
     longest_payload: int
+    mean_length: float
     longest: SampleLength
     too_wide: tuple[str, ...]
 
@@ -85,6 +86,7 @@ def measure_files(files: Sequence[Path], model_dir: Path) -> DataMeasure:
         max_pixels=upper,
         longest_prompt=max(length.prompt for length in lengths),
         longest_payload=max(length.payload for length in lengths),
+        mean_length=sum(length.total for length in lengths) / len(lengths),
         longest=max(lengths, key=lambda length: length.total),
         too_wide=tuple(too_wide),
     )
