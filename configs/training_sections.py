@@ -14,8 +14,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class EarlyStopSection(Section):
     """Stops training at an evaluation; off unless `target` or `patience` is set."""
 
-    metric: Literal["f1"] = "f1"
-    """Validation number that is watched."""
+    metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "f1"
+    """Evaluation number that is watched, by its name in `rollstream eval` without `eval_rollout_`."""
     target: Share | None = None
     """Stop once the number reaches this; null = no target."""
     patience: Count | None = None
@@ -57,7 +57,7 @@ class TrainingSection(Section):
     """Batch contract, packing, optimizer, checkpoints and evaluation."""
 
     effective_batch_size: Count
-    """Raw rollouts (or ground-truth samples) a step over all ranks; a queued step trains what GA packs hold."""
+    """Raw rollouts (or ground-truth samples) a step, all ranks; a queued step trains what GA packs hold."""
     per_device_train_batch_size: Count = 1
     """Raw rollouts per rank and micro-step."""
     gradient_accumulation_steps: Count | None = None

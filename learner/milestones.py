@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from broker_schemas.errors import RunStopped
 from learner import checkpoints, weights
 from learner.checkpoints import TrainerState
 from learner.distributed import Ranks
 from learner.early_stopping import note_evaluation, stop_reason
+from learner.evaluation import PREFIX as EVALUATION_PREFIX
 from learner.metrics import LearnerMetrics
 from learner.ports import Evaluate, SyncServers
 from learner.settings import LearnerSettings
@@ -135,11 +137,17 @@ class Milestones:
         what = f"evaluation after optimizer step {done - 1}"
         results = self._ranks.broadcast(results, what=what, timeout_s=settings.evaluation_timeout_s)
         self._parts.metrics.on_evaluation(results)
-        if "eval_rollout_f1" not in results:
+        if not results:
             return state, None
-        f1 = results["eval_rollout_f1"]
-        noted = note_evaluation(state, f1)
-        return noted, stop_reason(noted, f1, settings.early_stop)
+        metric = settings.early_stop.metric
+        value = results.get(f"{EVALUATION_PREFIX}{metric}")
+        if value is None:
+            known = ", ".join(sorted(name.removeprefix(EVALUATION_PREFIX) for name in results))
+            raise RunStopped(
+                f"training.early_stop.metric: got {metric!r}, expected a number of the evaluation: {known}"
+            )
+        noted = note_evaluation(state, value, metric)
+        return noted, stop_reason(noted, value, settings.early_stop)
 
     def _whole_model(self) -> Any:
         """Return a model that rank 0 can run by itself: what is trained, or a copy of all its shards."""

@@ -14,11 +14,12 @@ from learner.sharding import Precision, Sharding
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStopSettings:
-    """When validation F1 ends a run: at ``target_f1``, or after ``patience`` evaluations without a better
-    one.
+    """When the validation number ``metric`` ends a run: at ``target``, or after ``patience`` evaluations
+    without a better one. It is a key of ROLLOUT_MATCHING section 10 without its ``eval_rollout_``.
     """
 
-    target_f1: float | None = None
+    metric: str = "f1"
+    target: float | None = None
     patience: int | None = None
 
 

@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    from rollstream.package_paths import hidden_packages
+    from rollstream.wiring.package_paths import hidden_packages
 
     for package, ours, theirs in hidden_packages():
         raise ImportError(

@@ -83,6 +83,17 @@ def read_image_size(file: Path) -> tuple[int, int]:
         raise _cannot_open(file, exc) from exc
 
 
+def open_upright(file: Path) -> Image:
+    """Return the decoded RGB image in ``file`` as it is meant to be seen; errors as ``open_image``."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as stored:
+            return upright_eight_bit(stored)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as exc:
+        raise _cannot_open(file, exc) from exc
+
+
 def stored_orientation(stored: Image) -> int:
     """Return the EXIF orientation of an opened image, 1 to 8; 1 where it says nothing usable."""
     value = stored.getexif().get(_ORIENTATION_TAG, UPRIGHT)

@@ -1,6 +1,6 @@
 """One module for each group of commands of the program."""
 
-from rollstream.package_paths import prefer_ours
+from rollstream.wiring.package_paths import prefer_ours
 
 # before the first of our packages is imported: another project's would be taken for it
 prefer_ours()

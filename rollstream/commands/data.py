@@ -106,6 +106,52 @@ def check(
     refuse_problems(reports)
 
 
+@data_app.command("show")
+def show(
+    source: Annotated[Path, typer.Argument(help="JSONL file, or the folder of a data set")],
+    out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("shown"),
+    num_samples: Annotated[int, typer.Option(min=1, help="how many")] = 12,
+    sample: Annotated[list[str] | None, typer.Option(help="id of a sample; may be given again")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw samples with their boxes and polygons, as they are trained."""
+    from rollstream.commands.showing_data import show_samples
+
+    drawn = show_samples(source, out, num_samples=num_samples, seed=seed, sample_ids=tuple(sample or ()))
+    console = Console(soft_wrap=True, highlight=False)
+    for path in drawn:
+        console.print(str(path), markup=False)
+    console.print(f"drew {len(drawn)} samples into {out}", markup=False)
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="model folder, checkpoint, or run folder")],
+    images: Annotated[list[Path], typer.Argument(help="pictures, or folders of them")],
+    out: Annotated[Path, typer.Option(help="folder to write")] = Path("predictions"),
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="longest answer; default: the run's")
+    ] = None,
+) -> None:
+    """Write and draw what a model finds in pictures: JSON Lines, COCO results and PNG files."""
+    from rollstream.commands.predicting import predict as write_predictions
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"loading {model}", total=None)
+        done = write_predictions(
+            model,
+            images,
+            out,
+            max_new_tokens=max_new_tokens,
+            progress=lambda count, total: progress.update(task, completed=count, total=total),
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    for problem in done.unreadable:
+        console.print(f"left out: {problem}", markup=False)
+    console.print(f"{done.num_objects} objects in {done.num_images} pictures", markup=False)
+    for path in done.files:
+        console.print(f"wrote {path}", markup=False)
+
+
 def new(
     name: Annotated[str, typer.Argument(help="name of the run: a-z, 0-9 and hyphens")],
     data: Annotated[Path, typer.Option(help="folder that data import wrote")],

@@ -43,6 +43,7 @@ app.add_typer(cli_data.data_app, name="data", help="Import and generate data set
 app.add_typer(cli_data.model_app, name="model", help="Make tiny models.")
 app.add_typer(cli_bench.app, name="bench", help="Measure the budgets.")
 app.command()(cli_data.new)
+app.command()(cli_data.predict)
 cli_runs.register(app)
 cli_queue.register(app)
 cli_operate.register(app)

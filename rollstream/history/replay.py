@@ -19,8 +19,8 @@ from configs import RunConfig, load_config
 from consumers.packing import SELECTION_METHODS, SelectionMethod, require_method
 from rollstream.history.replay_plan import StepRange, archived_ledger, step_range
 from rollstream.history.replay_report import ReplayReport, compare_logs, weights_equal
-from rollstream.package_paths import safe_environment
 from rollstream.run_folder import RunFolder
+from rollstream.wiring.package_paths import safe_environment
 
 METHOD_KEYS: Final = (
     "target_sigma",

@@ -15,9 +15,9 @@ from configs import RunConfig, load_config, show
 from learner.stop_request import StopRequest
 from learner.train_loop import STOP_REQUESTED, LearnerOutcome
 from rollstream.models.run_model import make_described_model
-from rollstream.package_paths import safe_environment
 from rollstream.stack.learn_progress import closing_lines, opening_lines, step_progress
 from rollstream.wiring import access
+from rollstream.wiring.package_paths import safe_environment
 from rollstream.wiring.trainable import describe_untrainable, find_untrainable, write_untrainable
 
 SIGNAL_BASE: Final = 128

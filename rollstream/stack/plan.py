@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from configs import RunConfig
-from rollstream.package_paths import safe_environment
 from rollstream.stack.bound_process import bound_command
 from rollstream.stack.ports_in_use import LOOPBACK, free_loopback_port
+from rollstream.wiring.package_paths import safe_environment
 
 BROKER: Final = "broker"
 LEARNER: Final = "learner"

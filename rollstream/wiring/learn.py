@@ -109,7 +109,9 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         num_rollouts_in_step=training.effective_batch_size
         if config.variant == "stage2_ab_training"
         else None,
-        early_stop=EarlyStopSettings(target_f1=stop.target, patience=stop.patience),
+        early_stop=EarlyStopSettings(
+            metric=stop.metric.removeprefix("eval_rollout_"), target=stop.target, patience=stop.patience
+        ),
     )
 
 

@@ -104,9 +104,27 @@ def test_early_stop_by_target_and_by_patience() -> None:
         state = note_evaluation(state, f1)
         reasons.append(stop_reason(state, f1, patience))
     assert reasons[:3] == [None, None, None]
-    assert reasons[3] == "no better validation F1 than 0.500 in 2 evaluations"
-    assert stop_reason(state, 0.61, EarlyStopSettings(target_f1=0.6)) is not None
-    assert stop_reason(state, 0.59, EarlyStopSettings(target_f1=0.6)) is None
+    assert reasons[3] == "no better validation f1 than 0.500 in 2 evaluations"
+    assert stop_reason(state, 0.61, EarlyStopSettings(target=0.6)) is not None
+    assert stop_reason(state, 0.59, EarlyStopSettings(target=0.6)) is None
+
+
+@pytest.mark.req("U-5")
+def test_early_stop_watches_any_number_and_knows_which_way_is_better() -> None:
+    ap = EarlyStopSettings(metric="map", target=0.4)
+    assert (
+        stop_reason(TrainerState(optimizer_step=1), 0.41, ap) == "validation map 0.410 reached its target 0.4"
+    )
+    invalid = EarlyStopSettings(metric="parse_invalid_rate", target=0.05, patience=1)
+    state = note_evaluation(TrainerState(optimizer_step=0), 0.5, "parse_invalid_rate")
+    state = note_evaluation(state, 0.2, "parse_invalid_rate")
+    assert (state.evaluations_since_best, stop_reason(state, 0.2, invalid)) == (0, None)
+    state = note_evaluation(state, 0.3, "parse_invalid_rate")
+    assert (
+        stop_reason(state, 0.3, invalid)
+        == "no better validation parse_invalid_rate than 0.200 in 1 evaluations"
+    )
+    assert stop_reason(state, 0.04, invalid) is not None
 
 
 @pytest.mark.parametrize(

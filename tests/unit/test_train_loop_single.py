@@ -46,7 +46,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_an_f1_at_its_target_ends_the_run_with_a_checkpoint_that_knows_it(tmp_path: Path) -> None:
     settings = settings_for(
-        tmp_path, "run", eval_every_steps=2, early_stop=EarlyStopSettings(target_f1=0.6), b_ratio="0"
+        tmp_path, "run", eval_every_steps=2, early_stop=EarlyStopSettings(target=0.6), b_ratio="0"
     )
     scores = {2: 0.4, 4: 0.7}
     with TrainingLog(tmp_path / "evaluations.jsonl") as log:
