@@ -59,7 +59,7 @@ class CoordVocabulary:
         if missing:
             raise DataError(
                 f"coordinate vocabulary: {len(missing)} of {NUM_BINS} tokens are not in the tokenizer, "
-                f"first {missing[0]}; add them as special tokens and resize the embeddings"
+                f"first {missing[0]}; add them and their rows: rollstream model adapt SRC DST"
             )
         return cls(np.asarray(found, dtype=np.int64))
 
@@ -68,5 +68,5 @@ class CoordVocabulary:
         if int(self.ids.max()) >= num_logits:
             raise DataError(
                 f"coordinate vocabulary: got id {int(self.ids.max())}, expected below {num_logits} logits; "
-                "resize the model's embeddings"
+                "resize the model's embeddings: rollstream model adapt SRC DST"
             )

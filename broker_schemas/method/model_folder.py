@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
 from broker_schemas.errors import DataError
 from broker_schemas.method.coordinates import CoordVocabulary
 from broker_schemas.method.prompt import load_tokenizer
+from broker_schemas.method.vocabulary_width import (
+    check_vocabulary_width,
+    check_whole_tokens,
+    vocabulary_tensors,
+)
 
 NEEDED_FILES: Final = ("config.json", "tokenizer.json", "preprocessor_config.json")
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -21,6 +27,7 @@ def resolve_model_dir(name_or_path: str | Path) -> Path:
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = _cached_snapshot(str(name_or_path))
+    _refuse_adapter(folder)
     missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(
@@ -44,7 +51,7 @@ def load_policy(model_dir: str | Path, dtype: str = "float32", *, attn_implement
     if dtype not in DTYPES:
         raise DataError(f"model dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     folder = resolve_model_dir(model_dir)
-    vocabulary = CoordVocabulary.from_token_to_id(load_tokenizer(folder).token_to_id)
+    check_model_folder(folder)
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForImageTextToText.from_pretrained(
@@ -57,7 +64,6 @@ def load_policy(model_dir: str | Path, dtype: str = "float32", *, attn_implement
         raise DataError(
             f"model folder {folder}: cannot be loaded ({exc}); download or save it again"
         ) from exc
-    vocabulary.check_logits_width(logits_width(model))
     return model.eval()
 
 
@@ -81,9 +87,32 @@ def empty_policy(model_dir: str | Path) -> Any:
     return model.eval()
 
 
-def logits_width(model: Any) -> int:
-    """Return the number of logits that ``model`` gives for each position."""
-    return int(model.get_output_embeddings().weight.shape[0])
+def check_model_folder(folder: Path) -> CoordVocabulary:
+    """Return the coordinate vocabulary of a model folder, everything beside the weights' values checked.
+
+    Only headers are read. Raises DataError for another family, missing or broken shards, a tokenizer that
+    lacks or splits coordinate tokens, or embeddings and head without rows for them [M-11].
+    """
+    vocabulary_tensors(folder)
+    tokenizer = load_tokenizer(folder)
+    vocabulary = CoordVocabulary.from_token_to_id(tokenizer.token_to_id)
+    check_whole_tokens(tokenizer, vocabulary, str(folder))
+    check_vocabulary_width(folder, vocabulary)
+    return vocabulary
+
+
+def _refuse_adapter(folder: Path) -> None:
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").is_file():
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise DataError(
+        f"model folder {folder}: got an adapter without its base {base!r}, expected a whole model; "
+        "give the folder of the base, or merge the two into one"
+    )
 
 
 def _cached_snapshot(name: str) -> Path:

@@ -210,3 +210,19 @@ def tiny(
     with console.status("making a tiny model"):
         summary = make_tiny_model(dst, preset=preset, seed=seed)
     Console(soft_wrap=True, highlight=False).print(str(summary), markup=False)
+
+
+@model_app.command()
+def adapt(
+    src: Annotated[str, typer.Argument(help="stock Qwen checkpoint: a folder, or a hub name in the cache")],
+    dst: Destination,
+) -> None:
+    """Make a stock Qwen2-VL, Qwen2.5-VL or Qwen3-VL usable: coordinate tokens, and rows for them."""
+    from rollstream.models.adapting import adapt_model
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("copying weights", total=None)
+        summary = adapt_model(
+            src, dst, progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    Console(soft_wrap=True, highlight=False).print(str(summary), markup=False)

@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_config.app, name="config", help="Check and show configurations.")
 app.add_typer(cli_data.data_app, name="data", help="Import and generate data sets.")
-app.add_typer(cli_data.model_app, name="model", help="Make tiny models.")
+app.add_typer(cli_data.model_app, name="model", help="Make models usable, or tiny ones.")
 app.add_typer(cli_bench.app, name="bench", help="Measure the budgets.")
 app.command()(cli_data.new)
 app.command()(cli_data.predict)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from broker_schemas.errors import ConfigError, DataError, RollstreamError
 from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.method.model_folder import check_model_folder
 from broker_schemas.method.trainability import REASONS, SampleReport, count_reasons
 from configs import RunConfig
 from consumers.joins import examine_join
@@ -106,11 +107,9 @@ def examine_model(config: RunConfig) -> Iterator[Finding]:
         folder = access.model_dir(config)
         prompts = access.prompt_builder(config, folder)
         access.image_processor(config, folder, config.data.train_jsonl)
+        check_model_folder(folder)
     except (RollstreamError, OSError, ValueError) as exc:
-        yield fail("model", str(exc), "correct model.name_or_path, or make a model: rollstream model tiny")
-        return
-    if not list(folder.glob("*.safetensors")):
-        yield fail("model", f"{folder}: no *.safetensors", "give the folder of a whole checkpoint")
+        yield fail("model", str(exc), "correct model.name_or_path, or make a model: rollstream model adapt")
         return
     size = f"{_weights_bytes(folder) / 1e6:.0f} MB"
     yield ok("model", f"{folder}, {size}, {len(prompts.coord_vocab.ids)} coordinate tokens")
