@@ -194,10 +194,10 @@ def _devices(config: RunConfig) -> Iterator[Problem]:
     if shared:
         message = f"GPU {_numbers(shared)} is also in learner_gpus; the two sets must be disjoint"
         yield Problem(message=message, paths=(rollout_path, learner_path))
-    if learner and len(learner) != config.learner_world_size:
+    if learner and config.learner_world_size % len(learner):
         message = (
             f"names {len(learner)} GPUs, but devices.learner_world_size is {config.learner_world_size}; "
-            f"each rank has one GPU"
+            f"each rank has one GPU, and every node the same number of them"
         )
         yield Problem(message=message, paths=(learner_path, WORLD_SIZE))
 

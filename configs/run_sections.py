@@ -153,8 +153,8 @@ class DevicesSection(Section):
     """Who uses which GPU; the two sets must not meet."""
 
     rollout_gpus: GpuSet = ()
-    """GPU numbers for rollouts; empty = CPU, or servers that run elsewhere."""
+    """GPU numbers for rollouts, taken in turn by producers; empty = CPU, or servers that run elsewhere."""
     learner_gpus: GpuSet = ()
-    """GPU numbers for the learner, one rank each; empty = CPU."""
+    """GPU numbers for the learner on each of its nodes, one rank each; empty = CPU."""
     learner_world_size: Count = 1
-    """W, the number of learner ranks; equals the number of learner GPUs where there are any."""
+    """W, the number of learner ranks: the number of learner GPUs, where there are any, times the nodes."""

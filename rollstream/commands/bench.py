@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from broker_schemas.errors import ConfigError
+
 app = typer.Typer(no_args_is_help=True)
 Quick = Annotated[bool, typer.Option(help="a short look instead of a measurement")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
@@ -62,3 +64,29 @@ def rollout(seed: Seed = 0, quick: Quick = False, as_json: AsJson = False) -> No
     from rollstream.bench.rollout import run_rollout_bench
 
     _report(run_rollout_bench, seed, quick, as_json)
+
+
+@app.command()
+def learner(
+    size: Annotated[str, typer.Option(help="tiny, 2B, 4B or 8B")] = "tiny",
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 or float32; default as the device has it")
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option(help="with activation checkpointing")] = False,
+    quick: Quick = False,
+    as_json: AsJson = False,
+) -> None:
+    """Step time, tokens a second, utilisation and memory of a learner rank, against a plain loop."""
+    from rollstream.bench.learner import run_learner_bench
+
+    if precision not in (None, "bf16", "float32"):
+        raise ConfigError(f"--precision: got {precision!r}, expected bf16 or float32")
+    with Console(stderr=True).status(f"making a model of size {size}"):
+        report = run_learner_bench(
+            size=size, precision=precision, is_checkpointing_activations=checkpointing, quick=quick
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps(report.to_json()))
+    else:
+        console.print(report.render(), markup=False)

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from broker_schemas.errors import ConfigError
+from configs import RunConfig
 from rollstream.commands.loading import load_run
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
@@ -62,11 +64,30 @@ def dashboards(
         raise typer.Exit(1)
 
 
-def doctor(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def doctor(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="what the learner takes, computed before anything is loaded")
+    ] = False,
+    size: Annotated[
+        str | None, typer.Option(help="with --memory: a published size (tiny, 2B, 4B, 8B) as the model")
+    ] = None,
+    gpu_gb: Annotated[
+        float | None, typer.Option(help="with --memory: gigabytes of a GPU, where it is not in this machine")
+    ] = None,
+) -> None:
     """Check everything that a run needs, and say what to change; exit status 1 when something fails."""
+    loaded = load_run(config, overrides)
+    if memory:
+        _doctor_memory(loaded, size, gpu_gb, as_json)
+        return
+    if size is not None or gpu_gb is not None:
+        raise ConfigError("doctor: got --size or --gpu-gb without --memory, which alone reads them; add it")
     from rollstream.doctor.examining import examine, render_findings, verdict_line
 
-    findings = examine(load_run(config, overrides))
+    findings = examine(loaded)
     console = Console(soft_wrap=True, highlight=False)
     if as_json:
         console.print_json(json.dumps([finding.to_json() for finding in findings]))
@@ -74,4 +95,19 @@ def doctor(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
         console.print(render_findings(findings))
         console.print(verdict_line(findings, config), markup=False)
     if any(finding.verdict == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _doctor_memory(config: RunConfig, size: str | None, gpu_gb: float | None, as_json: bool) -> None:
+    from rollstream.doctor.memory import examine_memory
+    from rollstream.doctor.memory_table import memory_to_json, render_memory
+
+    with Console(stderr=True).status("computing the memory of a row"):
+        report = examine_memory(config, size=size, gpu_gb=gpu_gb)
+    console = Console(soft_wrap=True, highlight=False)
+    if as_json:
+        console.print_json(json.dumps(memory_to_json(report)))
+    else:
+        console.print(render_memory(report), markup=False)
+    if report.advice:
         raise typer.Exit(1)

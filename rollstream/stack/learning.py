@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from broker_schemas.errors import ConfigError
 from configs import RunConfig, load_config, show
 from learner.stop_request import StopRequest
 from learner.train_loop import STOP_REQUESTED, LearnerOutcome
@@ -80,7 +81,18 @@ def prepare_run(config: RunConfig) -> None:
         folder.resolved_config.write_text(show.resolved_yaml(config), encoding="utf-8")
 
 
+def check_one_node(config: RunConfig) -> None:
+    """Raise ConfigError where the ranks need more nodes than this one."""
+    num_gpus, num_ranks = len(config.devices.learner_gpus), config.learner_world_size
+    if num_gpus and num_ranks > num_gpus:
+        raise ConfigError(
+            f"devices.learner_world_size: got {num_ranks} ranks for {num_gpus} GPUs a node, "
+            f"expected as many; start torchrun on each of {num_ranks // num_gpus} nodes, see docs/RUNBOOK.md"
+        )
+
+
 def _spawn(config: RunConfig, path: Path, overrides: Sequence[str]) -> int:
+    check_one_node(config)
     command = [
         *(sys.executable, "-P", "-m", "rollstream.stack.learner_launcher"),
         *("--nproc_per_node", str(config.learner_world_size)),

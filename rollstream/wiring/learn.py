@@ -15,6 +15,7 @@ from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import open_redis
 from broker_schemas.broker.keys import RunKeys
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.errors import ConfigError
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import empty_policy, load_policy
 from broker_schemas.method.prompt import PromptBuilder
@@ -186,8 +187,13 @@ def channel_a_source(config: RunConfig, prompts: PromptBuilder, images: ImagePro
 
 
 def rank_device(config: RunConfig, local_rank: int) -> torch.device:
-    """Return the device of one rank: its learner GPU, or the CPU."""
+    """Return the device of one rank: its learner GPU of this node, or the CPU; raises ConfigError."""
     gpus = config.devices.learner_gpus
+    if gpus and local_rank >= len(gpus):
+        raise ConfigError(
+            f"devices.learner_gpus: got {len(gpus)} GPUs of this node for local rank {local_rank}, "
+            f"expected one each; start torchrun with --nproc_per_node {len(gpus)} on every node"
+        )
     return torch.device(f"cuda:{gpus[local_rank]}") if gpus else torch.device("cpu")
 
 

@@ -32,7 +32,13 @@ def decoding_settings(config: RunConfig) -> DecodingSettings:
     )
 
 
-def rollout_backend(config: RunConfig, broker: Broker) -> RolloutBackend:
+def rollout_device(config: RunConfig, index: int) -> str:
+    """Return the device of producer ``index``: producers take the rollout GPUs in turn [L-9]."""
+    gpus = config.devices.rollout_gpus
+    return f"cuda:{gpus[index % len(gpus)]}" if gpus else "cpu"
+
+
+def rollout_backend(config: RunConfig, broker: Broker, index: int = 0) -> RolloutBackend:
     """Return the backend that the configuration names; raises ConfigError, DataError."""
     if config.rollout_matching.rollout_backend == "vllm":
         from rollstream.wiring.vllm import vllm_backend
@@ -50,7 +56,7 @@ def rollout_backend(config: RunConfig, broker: Broker) -> RolloutBackend:
         HfBackendSettings(
             decoding=decoding_settings(config),
             decode_batch_size=config.rollout_matching.decode_batch_size,
-            device=f"cuda:{config.devices.rollout_gpus[0]}" if config.devices.rollout_gpus else "cpu",
+            device=rollout_device(config, index),
             dtype=config.rollout_dtype,
         ),
     )
@@ -73,7 +79,7 @@ def run_producer(config: RunConfig, index: int) -> None:
     producer = Producer(
         broker=broker,
         sink=SegmentSink(broker, sink_settings(config)),
-        backend=rollout_backend(config, broker),
+        backend=rollout_backend(config, broker, index),
         datasets={"train": access.read_samples(config, config.data.train_jsonl)},
         metrics=metrics,
         settings=ProducerSettings(

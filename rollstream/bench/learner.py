@@ -1,0 +1,246 @@
+"""`rollstream bench learner`: the learner's step on random weights against a plain transformers loop.
+
+Both train the same segments in the same run: the plain loop one padded batch of them at a time, as a trainer
+without packing does, with transformers' own loss over all positions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from broker_schemas.errors import ConfigError
+from learner.collation import PackedRow
+from learner.packed_forward import position_rule_of
+from learner.sharding import Precision
+from rollstream.doctor.memory_meter import measure_peak
+from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, probe_row
+from rollstream.models.model_shape import shape_of_config
+from rollstream.models.named_sizes import first_coordinate_id, named_config, sizes_named
+from rollstream.models.practice_learner import PracticeLearner, PracticeSettings
+from rollstream.models.practice_rows import RowShape, practice_row
+
+CPU_LAYERS: Final = 2
+PEAK_FLOPS: Final = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerBench:
+    """What was measured; ``cut_to`` tells of layers left out; no utilisation where the peak is unknown."""
+
+    size: str
+    device: str
+    cut_to: str | None
+    precision: str
+    weights: int
+    num_tokens: int
+    step_s: float
+    plain_step_s: float
+    tokens_per_s: float
+    flops_per_s: float
+    utilisation: float | None
+    row_bytes: int
+    plain_row_bytes: int
+    predicted_row_bytes: int
+    loss: float
+
+    @property
+    def speed_up(self) -> float:
+        """How many times faster than the plain loop."""
+        return self.plain_step_s / self.step_s
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "speed_up": self.speed_up}
+
+    def render(self) -> str:
+        """Return the lines that are printed."""
+        share = "unknown peak" if self.utilisation is None else f"{100 * self.utilisation:.1f} % of its peak"
+        cut = "" if self.cut_to is None else f", cut to {self.cut_to}: times are of those layers"
+        return "\n".join(
+            (
+                f"{self.size} on {self.device} in {self.precision}{cut}",
+                f"{self.weights / 1e9:.3f}e9 weights",
+                f"step {self.step_s:.3f} s, {self.tokens_per_s:.0f} tokens a second, "
+                f"{self.flops_per_s / 1e12:.3f} TFLOP a second ({share})",
+                f"plain transformers loop {self.plain_step_s:.3f} s: {self.speed_up:.2f} times as fast",
+                f"peak above weights, gradients and moments {self.row_bytes / 1e9:.3f} GB, plain "
+                f"{self.plain_row_bytes / 1e9:.3f} GB, predicted {self.predicted_row_bytes / 1e9:.3f} GB",
+            )
+        )
+
+
+def run_learner_bench(
+    *,
+    size: str = "tiny",
+    precision: str | None = None,
+    is_checkpointing_activations: bool = False,
+    num_segments: int = 8,
+    num_steps: int = 5,
+    quick: bool = False,
+) -> LearnerBench:
+    """Measure one rank; a CPU gets a few layers of true width, a GPU the whole model.
+
+    Raises ConfigError where the model needs more memory than there is, before it is made.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    sizes, cut_to = sizes_named(size), None
+    if device.type == "cpu" and size != "tiny":
+        sizes = sizes.cut(text_layers=CPU_LAYERS, vision_layers=CPU_LAYERS)
+        cut_to = f"{CPU_LAYERS} text and {CPU_LAYERS} vision layers"
+    config = named_config(sizes)
+    default: Precision = "bf16" if device.type == "cuda" else "float32"
+    chosen: Precision = "bf16" if precision == "bf16" else "float32" if precision else default
+    weights = shape_of_config(config).total
+    _check_room(weights, chosen, device)
+    settings = PracticeSettings(
+        precision=chosen,
+        is_checkpointing_activations=is_checkpointing_activations,
+        first_coordinate_id=first_coordinate_id(sizes),
+    )
+    shape = RowShape(num_segments=2 if quick else num_segments, image_grid=(12, 16))
+    measured = _measure(PracticeLearner(config, settings, device), config, shape, 2 if quick else num_steps)
+    probed = probe_row(config, replace(settings, first_coordinate_id=PROBE_FIRST_COORDINATE))
+    loss_bytes = 3 * 4 * min(settings.loss_chunk_positions, shape.num_supervised) * sizes.num_rows
+    return LearnerBench(
+        size=size,
+        device=_device_name(device),
+        cut_to=cut_to,
+        precision=chosen,
+        weights=weights,
+        num_tokens=shape.num_tokens,
+        tokens_per_s=shape.num_tokens / measured.step_s,
+        flops_per_s=measured.flops / measured.step_s,
+        utilisation=_utilisation(measured.flops / measured.step_s, device),
+        predicted_row_bytes=probed.row_bytes(shape.num_tokens, shape.num_patches) + loss_bytes,
+        step_s=measured.step_s,
+        plain_step_s=measured.plain_step_s,
+        row_bytes=measured.row_bytes,
+        plain_row_bytes=measured.plain_row_bytes,
+        loss=measured.loss,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    loss: float
+    flops: float
+    step_s: float
+    plain_step_s: float
+    row_bytes: int
+    plain_row_bytes: int
+
+
+def _measure(practice: PracticeLearner, config: Any, shape: RowShape, num_steps: int) -> _Measured:
+    device, first = practice.device, practice.settings.first_coordinate_id
+    row = practice_row(shape, config, first, position_rule_of(practice.model))
+    loss = practice.step([row])
+    step_s = _median_s(lambda: practice.step([row]), num_steps, device)
+    practice.backward([row])
+    row_bytes = measure_peak(lambda: practice.backward([row]), device)
+    practice.optimizer.zero_grad(set_to_none=True)
+    plain = _PlainLoop(practice, row, shape, config)
+    plain.step()
+    plain_step_s = _median_s(plain.step, num_steps, device)
+    plain.backward()
+    plain_row_bytes = measure_peak(plain.backward, device)
+    return _Measured(
+        loss=loss,
+        flops=_flops(practice.model, shape),
+        step_s=step_s,
+        plain_step_s=plain_step_s,
+        row_bytes=row_bytes,
+        plain_row_bytes=plain_row_bytes,
+    )
+
+
+class _PlainLoop:
+    """transformers as one would write it: a batch, labels, the model's own loss, the same optimizer."""
+
+    def __init__(self, practice: PracticeLearner, row: PackedRow, shape: RowShape, config: Any) -> None:
+        self._practice = practice
+        self._inputs = _as_batch(row, shape, config, practice.device)
+        self._attention = practice.model.config.text_config._attn_implementation
+
+    def backward(self) -> float:
+        model = self._practice.model
+        model.set_attn_implementation("sdpa")
+        loss = model(**self._inputs, use_cache=False).loss
+        torch.autograd.backward(loss)
+        model.set_attn_implementation({"text_config": self._attention})
+        return float(loss.detach())
+
+    def step(self) -> float:
+        loss = self.backward()
+        practice = self._practice
+        practice.optimizer.step()
+        practice.optimizer.zero_grad(set_to_none=True)
+        practice.trained.after_update()
+        return loss
+
+
+def _as_batch(row: PackedRow, shape: RowShape, config: Any, device: torch.device) -> dict[str, Any]:
+    ids = row.input_ids.view(shape.num_segments, shape.segment_tokens)
+    labels = ids.clone()
+    labels[:, : shape.image_tokens + 2 + shape.prompt_tokens] = -100
+    on_device: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+        "labels": labels,
+        "pixel_values": row.pixel_values,
+        "image_grid_thw": row.image_grid_thw,
+    }
+    return {name: tensor.to(device) for name, tensor in on_device.items()}
+
+
+def _median_s(work: Callable[[], Any], num_times: int, device: torch.device) -> float:
+    taken = []
+    for _ in range(num_times):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def _flops(model: Any, shape: RowShape) -> float:
+    """Return what a step computes: six a weight and token; the embedding is a look-up."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    vision = sum(p.numel() for name, p in model.named_parameters() if "visual." in name)
+    text = sum(p.numel() for name, p in model.named_parameters() if "visual." not in name)
+    text -= embedding.numel() + (0 if head is embedding else head.numel())
+    return 6.0 * float(
+        text * shape.num_tokens + vision * shape.num_patches + head.numel() * shape.num_supervised
+    )
+
+
+def _utilisation(flops_per_s: float, device: torch.device) -> float | None:
+    name = _device_name(device)
+    return next((flops_per_s / peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _check_room(weights: int, precision: str, device: torch.device) -> None:
+    wanted = weights * (18 if precision == "bf16" else 16)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+    if wanted > free:
+        raise ConfigError(
+            f"bench learner: got {free / 1e9:.1f} GB free, expected {wanted / 1e9:.1f} GB for weights, "
+            "gradients and moments; choose a smaller --size"
+        )
+
+
+def _free_host_bytes() -> int:
+    import os
+
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

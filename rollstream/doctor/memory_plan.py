@@ -1,0 +1,111 @@
+"""Gigabytes of a learner rank, its host, its syncs and checkpoints, from sizes alone. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+GB: Final = 1e9
+FLOAT32_BYTES: Final = 4
+BF16_BYTES: Final = 2
+ROOM: Final = 0.92  # of a GPU's memory: the rest goes to the driver, kernels' workspaces and fragments
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySizes:
+    """What the plan is made of, in weights and bytes.
+
+    ``trained`` weights have gradients and moments, ``frozen`` ones have not; ``published`` are what a policy
+    version holds. ``row_bytes`` is the most that one packed row keeps, above weights and gradients.
+    ``num_sharing`` ranks share one copy. ``num_ranks_here`` ranks run on one host.
+    """
+
+    trained: int
+    frozen: int
+    published: int
+    row_bytes: int
+    loss_bytes: int
+    precision: str
+    num_sharing: int
+    num_ranks_here: int
+    cache_bytes: int
+    publication_bytes_per_weight: int = BF16_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of one rank, of its host, and of what it writes."""
+
+    weights: int
+    gradients: int
+    moments: int
+    row: int
+    losses: int
+    host: int
+    sync: int
+    checkpoint: int
+
+    @property
+    def rank(self) -> int:
+        return self.weights + self.gradients + self.moments + self.row + self.losses
+
+    def fits(self, device_bytes: int) -> bool:
+        """Return whether a device of this many bytes holds a rank."""
+        return self.rank <= ROOM * device_bytes
+
+
+def plan_memory(sizes: MemorySizes) -> MemoryPlan:
+    """Return what the sizes come to.
+
+    bf16 without sharding: a trained weight is kept in float32 for the optimizer and in bfloat16 for the
+    arithmetic, a frozen one in bfloat16 alone. A sharded weight is float32 and cast layer by layer. Gradient
+    sums and both moments are float32.
+    """
+    has_two_copies = sizes.precision == "bf16" and sizes.num_sharing == 1
+    computing = BF16_BYTES if has_two_copies else FLOAT32_BYTES
+    exact_copy = FLOAT32_BYTES if has_two_copies else 0
+    weights = (sizes.trained + sizes.frozen) * computing + sizes.trained * exact_copy
+    moments = 2 * FLOAT32_BYTES * sizes.trained
+    checkpoint = FLOAT32_BYTES * sizes.trained + moments + BF16_BYTES * sizes.frozen
+    # one rank reads the model; every rank's shard passes through the host when a checkpoint is written
+    host = (sizes.trained + sizes.frozen) * FLOAT32_BYTES + checkpoint
+    return MemoryPlan(
+        weights=weights // sizes.num_sharing,
+        gradients=FLOAT32_BYTES * sizes.trained // sizes.num_sharing,
+        moments=moments // sizes.num_sharing,
+        row=sizes.row_bytes,
+        losses=sizes.loss_bytes,
+        host=host + sizes.num_ranks_here * sizes.cache_bytes,
+        sync=sizes.published * sizes.publication_bytes_per_weight,
+        checkpoint=checkpoint,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """What may still be changed: each is False where it is done already or makes no sense."""
+
+    can_checkpoint_activations: bool
+    can_shard: bool
+    can_use_lora: bool
+    row_tokens: int
+
+
+def advice(plan: MemoryPlan, device_bytes: int, remedy: Remedy) -> list[str]:
+    """Return what to change, the cheapest first, where the plan does not fit; empty where it fits."""
+    if plan.fits(device_bytes):
+        return []
+    said = []
+    fixed = plan.weights + plan.gradients + plan.moments
+    if remedy.can_checkpoint_activations:
+        said.append("training.activation_checkpointing: true keeps a fraction of the row's activations")
+    if plan.row > 0 and fixed < ROOM * device_bytes:
+        room = ROOM * device_bytes - fixed - plan.losses
+        tokens = int(remedy.row_tokens * max(room, 0) / plan.row) // 64 * 64
+        if tokens >= 512:
+            said.append(f"training.global_max_length: {tokens} fits beside the weights")
+    if remedy.can_shard:
+        said.append("training.sharding: full spreads weights, gradients and moments over the ranks")
+    if remedy.can_use_lora:
+        said.append("training.lora.rank: 16 leaves the weights without gradients and moments")
+    return said or ["a smaller model, more ranks, or GPUs with more memory"]

@@ -1,0 +1,133 @@
+"""`doctor --memory`: weights counted exactly, rows within a tenth of what is measured, advice that helps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from broker_schemas.errors import ConfigError, DataError
+from learner.packed_forward import position_rule_of
+from rollstream.commands.program import app
+from rollstream.doctor import memory
+from rollstream.doctor.memory_meter import MemoryMeter, measure_peak
+from rollstream.doctor.memory_plan import MemorySizes, Remedy, advice, plan_memory
+from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, RowCost, probe_row
+from rollstream.models.model_shape import shape_of_config
+from rollstream.models.named_sizes import first_coordinate_id, named_config, sizes_named
+from rollstream.models.practice_learner import PracticeLearner, PracticeSettings
+from rollstream.models.practice_rows import RowShape, practice_row
+from tests.builders.configs import make_mapping, write_file
+
+GB = 10**9
+SIZES = MemorySizes(
+    trained=4 * GB,
+    frozen=0,
+    published=4 * GB,
+    row_bytes=5 * GB,
+    loss_bytes=GB,
+    precision="bf16",
+    num_sharing=1,
+    num_ranks_here=2,
+    cache_bytes=GB,
+)
+
+
+def test_the_published_sizes_have_the_weights_that_their_cards_say() -> None:
+    for name, billions in (("2B", 2.13), ("4B", 4.44), ("8B", 8.77)):
+        shape = shape_of_config(named_config(sizes_named(name)))
+        assert shape.total / 1e9 == pytest.approx(billions, abs=0.02)
+    four = shape_of_config(named_config(sizes_named("4B")))
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert 2 * four.adapter_weights(16, targets, is_dora=False) == pytest.approx(66e6, rel=0.01)
+    with pytest.raises(DataError, match="got '7B', expected one of tiny, 2B"):
+        sizes_named("7B")
+
+
+def test_bytes_of_a_rank_by_hand() -> None:
+    plan = plan_memory(SIZES)
+    assert (plan.weights, plan.gradients, plan.moments) == (24 * GB, 16 * GB, 32 * GB)
+    assert plan.rank == 78 * GB
+    assert (plan.sync, plan.checkpoint) == (8 * GB, 48 * GB)
+    shared = plan_memory(replace(SIZES, num_sharing=4))
+    assert (shared.weights, shared.gradients, shared.moments, shared.row) == (4 * GB, 4 * GB, 8 * GB, 5 * GB)
+    frozen = plan_memory(replace(SIZES, trained=0, frozen=4 * GB))
+    assert (frozen.weights, frozen.gradients, frozen.moments) == (8 * GB, 0, 0)
+    exact = plan_memory(replace(SIZES, precision="float32"))
+    assert (exact.weights, exact.gradients, exact.moments) == (16 * GB, 16 * GB, 32 * GB)
+
+
+def test_what_does_not_fit_comes_with_what_to_change() -> None:
+    remedy = Remedy(can_checkpoint_activations=True, can_shard=True, can_use_lora=True, row_tokens=12_000)
+    assert advice(plan_memory(SIZES), 141 * GB, remedy) == []
+    said = " ".join(advice(plan_memory(SIZES), 80 * GB, remedy))
+    for key in ("activation_checkpointing", "sharding: full", "lora.rank"):
+        assert f"training.{key}" in said
+    nothing = replace(
+        remedy, can_checkpoint_activations=False, can_shard=False, can_use_lora=False, row_tokens=512
+    )
+    assert "more ranks" in advice(plan_memory(SIZES), 40 * GB, nothing)[0]
+
+
+def test_the_meter_sees_what_is_held_at_one_time() -> None:
+    def work() -> None:
+        first = torch.zeros(1000)
+        second = first * 2
+        del first
+        third = second + 1
+        del second, third
+
+    assert measure_peak(work, torch.device("cpu")) == 8000
+    held = torch.zeros(500)
+    with MemoryMeter() as meter:
+        held.add_(1)
+    assert meter.peak_bytes == 0
+
+
+@pytest.mark.req("L-12")
+@pytest.mark.parametrize("is_checkpointing", [False, True])
+def test_a_row_is_predicted_within_a_tenth(is_checkpointing: bool) -> None:
+    config, first = named_config(sizes_named("tiny")), first_coordinate_id(sizes_named("tiny"))
+    settings = PracticeSettings(
+        precision="float32",
+        is_checkpointing_activations=is_checkpointing,
+        loss_chunk_positions=64,
+        first_coordinate_id=first,
+    )
+    practice = PracticeLearner(config, settings, torch.device("cpu"))
+    shape = RowShape(num_segments=6, image_grid=(8, 8), prompt_tokens=60)
+    row = practice_row(shape, config, first, position_rule_of(practice.model))
+    practice.backward([row])
+    measured = measure_peak(lambda: practice.backward([row]), practice.device)
+
+    cost = probe_row(config, replace(settings, first_coordinate_id=PROBE_FIRST_COORDINATE))
+
+    assert cost.row_bytes(shape.num_tokens, shape.num_patches) == pytest.approx(measured, rel=0.1)
+
+
+def test_the_command_prints_a_table_and_ends_with_1_where_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = RowCost(bytes_per_token=100_000, bytes_per_patch=30_000, fixed_bytes=1_000_000)
+    monkeypatch.setattr(memory, "probe_row", lambda config, settings: cost)
+    mapping = make_mapping(run__output_dir=str(tmp_path), training__global_max_length=4096)
+    path = write_file(tmp_path, mapping)
+    run = CliRunner().invoke
+
+    fits = run(app, ["doctor", str(path), "--memory", "--size", "tiny", "--gpu-gb", "80"])
+    tight = run(app, ["doctor", str(path), "--memory", "--size", "tiny", "--gpu-gb", "0.1"])
+
+    assert fits.exit_code == 0
+    assert "fits:" in fits.output
+    assert "a row of 4,096 tokens" in fits.output
+    assert tight.exit_code == 1
+    assert "does not fit" in tight.output
+    assert "change: training." in tight.output
+    without = run(app, ["doctor", str(path), "--size", "tiny"])
+    assert isinstance(without.exception, ConfigError)
+    unknown = run(app, ["doctor", str(path), "--memory"])
+    assert isinstance(unknown.exception, ConfigError)
+    assert "--size 2B" in str(unknown.exception)
