@@ -130,8 +130,8 @@ class ProducersSection(Section):
 
     num_workers: Count = 1
     """Worker processes that `rollstream up` starts."""
-    request_size: Count = 4
-    """Rollouts in one RQ job."""
+    request_size: Count | None = None
+    """Rollouts in one RQ job; unset: 4, and with vLLM servers the chunk that they give one learner rank."""
     lease_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds without a sign of life of its worker after which a job counts as abandoned and runs again."""
     max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5

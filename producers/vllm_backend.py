@@ -15,6 +15,7 @@ from broker_schemas.errors import ServerUnavailable
 from broker_schemas.method.dataset import Sample
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.rollout_servers.server_slots import TakeSlots
 from broker_schemas.rollout_servers.vllm_http import CHAT_PATH, GENERATE_PATH
 from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
 from producers.chunking import slice_requests
@@ -31,7 +32,7 @@ PATHS: Final = {"tokens": GENERATE_PATH, "chat": CHAT_PATH}
 
 @dataclass(frozen=True, kw_only=True)
 class VllmBackendSettings:
-    """``decode_batch_size`` caps the rollouts in flight per GPU of a server [S-3]."""
+    """``decode_batch_size`` caps the rollouts in flight per GPU of a server, over all producers [S-3]."""
 
     decoding: DecodingSettings
     retry: RetrySettings
@@ -47,11 +48,13 @@ class VllmBackend:
         images: ImageProcessor,
         fleet: ServerFleet,
         settings: VllmBackendSettings,
+        slots: TakeSlots,
     ) -> None:
         self._prompts = prompts
         self._images = images
         self._fleet = fleet
         self._settings = settings
+        self._slots = slots
         self._servers: list[LiveServer] = []
         self._policy_version = -1
         self._unexpanded: dict[int, tuple[int, ...]] = {}
@@ -97,16 +100,16 @@ class VllmBackend:
 
     def _generate_on(self, server: LiveServer, requests: Sequence[PromptRequest]) -> list[Generation]:
         generations: list[Generation] = []
-        num_at_once = self._settings.decode_batch_size * server.world_size
-        for start in range(0, len(requests), num_at_once):
-            batch = requests[start : start + num_at_once]
-            weights = self._weights_before(server)
-            generations += send_batch(
-                batch,
-                lambda request, weights=weights: self._send(server, request, weights),  # type: ignore[misc]
-                reconnect=server.door.reconnect,
-                settings=self._settings.retry,
-            )
+        num_places = self._settings.decode_batch_size * server.world_size
+        while left := requests[len(generations) :]:
+            with self._slots(server.door.base_url, len(left), num_places) as num_given:
+                weights = self._weights_before(server)
+                generations += send_batch(
+                    left[:num_given],
+                    lambda request, weights=weights: self._send(server, request, weights),  # type: ignore[misc]
+                    reconnect=server.door.reconnect,
+                    settings=self._settings.retry,
+                )
         return generations
 
     def _weights_before(self, server: LiveServer) -> WeightLabel | None:

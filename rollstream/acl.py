@@ -59,6 +59,9 @@ RQ: Final = Grant(
 )
 POLICY: Final = Grant(commands="hgetall", reads="policy")
 SERVER_LOCK: Final = Grant(commands=f"{CALL} set get del pexpire pttl", writes="server_lock:*")
+SERVER_SLOTS: Final = Grant(
+    commands=f"{CALL} time zremrangebyscore zrange zcard zadd zrem", writes="server_slots:* events counters"
+)
 GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "dispatcher": (
         Grant(
@@ -79,6 +82,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         Grant(commands="exists", reads="payload:*"),
         POLICY,
         SERVER_LOCK,
+        SERVER_SLOTS,
         RQ,
     ),
     "matcher": (

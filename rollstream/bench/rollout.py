@@ -24,6 +24,7 @@ from broker_schemas.errors import ConfigError
 from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.rollout_servers.server_slots import unshared_slots
 from broker_schemas.rollout_servers.vllm_http import VllmServer
 from broker_schemas.rollout_servers.weight_sync import load_by_path
 from learner.server_sync import ServerSync
@@ -191,6 +192,7 @@ def _time_backends(
                 decode_batch_size=batch_size,
                 retry=RetrySettings(request_timeout_s=REQUEST_TIMEOUT_S),
             ),
+            unshared_slots,
         )
         rates["vllm"][batch_size] = _rate(vllm, published, samples)
         vllm.close()

@@ -18,6 +18,7 @@ from rollstream.stack.ports_in_use import check_ports_free
 from rollstream.stack.scrape_targets import metrics_ports
 from rollstream.wiring import access
 from rollstream.wiring.trainable import Untrainable, find_untrainable
+from rollstream.wiring.vllm import rollout_chunk
 
 
 def check_inputs(config: RunConfig) -> Untrainable:
@@ -35,6 +36,7 @@ def check_inputs(config: RunConfig) -> Untrainable:
     if config.model.name_or_path is not None:
         access.model_dir(config)
     untrainable = find_untrainable(config)
+    rollout_chunk(config, wait_s=0.0)
     if config.metrics.base_port:
         check_ports_free(config.metrics.host, {port: str(name) for name, port in metrics_ports(config)})
     if config.broker.url is None:

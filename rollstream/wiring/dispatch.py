@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from broker_schemas.broker.rollout_requests import LeaseSettings
 from configs import RunConfig
 from producers.broken_jobs import BrokenJobs
@@ -11,6 +13,8 @@ from producers.jobs import rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.wiring import access
 
+DEFAULT_REQUEST_SIZE: Final = 4
+
 
 def lease_settings(config: RunConfig) -> LeaseSettings:
     """Return the lease of a rollout request."""
@@ -19,7 +23,17 @@ def lease_settings(config: RunConfig) -> LeaseSettings:
     )
 
 
-def demand_settings(config: RunConfig) -> DemandSettings | None:
+def request_size(config: RunConfig) -> int:
+    """Return how many rollouts a request holds: as configured, or the servers' chunk; raises ConfigError."""
+    chunk = None
+    if config.rollout_matching.rollout_backend == "vllm":
+        from rollstream.wiring.vllm import rollout_chunk
+
+        chunk = rollout_chunk(config, wait_s=config.rollout_matching.vllm.server.timeout_s)
+    return config.producers.request_size or chunk or DEFAULT_REQUEST_SIZE
+
+
+def demand_settings(config: RunConfig, rollouts_per_request: int) -> DemandSettings | None:
     """Return the demand settings of `stage2_async`; None where a step asks for its own rollouts."""
     if config.variant != "stage2_async":
         return None
@@ -30,7 +44,7 @@ def demand_settings(config: RunConfig) -> DemandSettings | None:
         version_window=config.stage2_async.version_window,
         sync_every_steps=config.stage2_async.sync_every_steps,
         b_ratio=config.b_ratio,
-        rollouts_per_request=config.producers.request_size,
+        rollouts_per_request=rollouts_per_request,
     )
 
 
@@ -42,6 +56,7 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
     if config.b_ratio == 0:
         stop.wait()
         return
+    size = request_size(config)
     dispatcher = Dispatcher(
         broker,
         rollout_queue(access.open_jobs(config, broker), broker.keys.rollout_queue, BrokenJobs(metrics)),
@@ -50,8 +65,8 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
             world_size=config.learner_world_size,
             num_samples=len(access.read_samples(config, config.data.train_jsonl)),
             seed=config.run.seed,
-            request_size=config.producers.request_size,
-            demand=demand_settings(config),
+            request_size=size,
+            demand=demand_settings(config, size),
             capacity_tokens=config.training.global_max_length,
             start_segments_per_pack=float(config.training.per_device_train_batch_size),
             lease=lease_settings(config),

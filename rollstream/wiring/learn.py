@@ -41,7 +41,7 @@ from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome, LearnerParts, run_learner
 from learner.training_log import TrainingLog
 from rollstream.wiring import access
-from rollstream.wiring.vllm import server_sync
+from rollstream.wiring.vllm import rollout_chunk, server_sync
 
 LOG = logging.getLogger("rollstream.learner")
 # of the deadline: two tries (connecting, answering) fit between the end of a rank's patience and the deadline
@@ -211,6 +211,8 @@ def run_learner_rank(
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = rank_device(config, local_rank)
     fix_arithmetic(config.training.num_threads, is_cpu=device.type == "cpu")
+    if rank == 0:
+        rollout_chunk(config, wait_s=0.0)
     stop.follow_signals()
     broker = PatientBroker(
         learner_broker(config),

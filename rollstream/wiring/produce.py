@@ -41,8 +41,9 @@ def rollout_device(config: RunConfig, index: int) -> str:
 def rollout_backend(config: RunConfig, broker: Broker, index: int = 0) -> RolloutBackend:
     """Return the backend that the configuration names; raises ConfigError, DataError."""
     if config.rollout_matching.rollout_backend == "vllm":
-        from rollstream.wiring.vllm import vllm_backend
+        from rollstream.wiring.vllm import rollout_chunk, vllm_backend
 
+        rollout_chunk(config, wait_s=0.0)
         return vllm_backend(config, broker, decoding_settings(config))
     import torch
 

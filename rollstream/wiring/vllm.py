@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from broker_schemas.broker.broker import Broker
+from broker_schemas.errors import ConfigError, RolloutServerError
 from broker_schemas.rollout_servers.server_lock import server_locks
+from broker_schemas.rollout_servers.server_slots import server_slots
 from broker_schemas.rollout_servers.vllm_http import PauseMode, VllmServer
 from broker_schemas.rollout_servers.weight_sync import load_by_path
 from configs import RunConfig
 from learner.server_sync import ServerSync
+from producers.chunking import InfeasibleChunk, chunk_per_rank
 from producers.rollout_backend import DecodingSettings
 from producers.vllm_backend import VllmBackend, VllmBackendSettings
 from producers.vllm_client import RetrySettings
@@ -20,6 +25,8 @@ from rollstream.wiring import access
 if TYPE_CHECKING:
     import torch
 
+LOG: Final = logging.getLogger("rollstream.wiring")
+LOOK_EVERY_S: Final = 1.0
 PAUSE_MODES: Final[dict[str, PauseMode]] = {"strict": "wait", "keep": "keep"}
 
 
@@ -41,6 +48,53 @@ def pause_mode(config: RunConfig) -> PauseMode:
     return PAUSE_MODES[config.stage2_async.in_flight_sync]
 
 
+def rollout_chunk(config: RunConfig, *, wait_s: float) -> int | None:
+    """Return the most rollouts of one request: what the servers that answer give one learner rank [S-4].
+
+    Waits up to ``wait_s`` for one that answers; None where none does, or where no server is wanted. Raises
+    ConfigError where they cannot give every rank one, and where `producers.request_size` is above the chunk.
+    """
+    if config.rollout_matching.rollout_backend != "vllm" or config.b_ratio == 0:
+        return None
+    doors = server_doors(config)
+    try:
+        sizes = _sizes_that_answer(doors, wait_s)
+    finally:
+        for door in doors:
+            door.close()
+    if not sizes:
+        return None
+    decode, num_ranks = config.rollout_matching.decode_batch_size, config.learner_world_size
+    try:
+        chunk = chunk_per_rank(decode, sizes, num_ranks)
+    except InfeasibleChunk as exc:
+        raise ConfigError(str(exc)) from exc
+    wanted = config.producers.request_size
+    if wanted is not None and wanted > chunk:
+        raise ConfigError(
+            f"producers.request_size: got {wanted}, expected at most the chunk of {chunk} (decode_batch_size "
+            f"{decode} on servers with world sizes {sizes}, {num_ranks} learner ranks); leave it unset"
+        )
+    LOG.info(
+        "rollout chunk: %d (decode_batch_size %d, world sizes %s, W %d)", chunk, decode, sizes, num_ranks
+    )
+    return chunk
+
+
+def _sizes_that_answer(doors: Sequence[VllmServer], wait_s: float) -> list[int]:
+    give_up_at = time.monotonic() + wait_s
+    while True:
+        sizes = []
+        for door in doors:
+            try:
+                sizes.append(door.world_size())
+            except RolloutServerError:
+                continue
+        if sizes or time.monotonic() >= give_up_at:
+            return sizes
+        time.sleep(LOOK_EVERY_S)
+
+
 def vllm_backend(config: RunConfig, broker: Broker, decoding: DecodingSettings) -> VllmBackend:
     """Return the rollout backend of one producer."""
     server = config.rollout_matching.vllm.server
@@ -60,6 +114,7 @@ def vllm_backend(config: RunConfig, broker: Broker, decoding: DecodingSettings) 
             decode_batch_size=config.rollout_matching.decode_batch_size,
             retry=RetrySettings(request_timeout_s=server.infer_timeout_s),
         ),
+        server_slots(broker, wait_s=server.infer_timeout_s),
     )
 
 

@@ -53,7 +53,7 @@ COARSE: Final = "before Redis 7 whoever may read a key may also write it"
 SERVANTS: Final = [role for role in ROLES if role != "operator"]
 SCRIPTS: Final[dict[Role, tuple[str, ...]]] = {
     "dispatcher": ("issue_requests", "reissue_requests", "fail_request"),
-    "producer": ("push_segments", "renew_request"),
+    "producer": ("push_segments", "take_slots", "renew_request"),
     "matcher": ("commit_match", "reap_consumers"),
     "packer": ("commit_pack", "drop_matched", "reap_consumers"),
     "learner": ("open_step", "claim_step", "commit_step", "settle_checkpoint", "publish_policy"),

@@ -35,7 +35,8 @@ EDGES: Final = {
             "matcher_door",
             "packer_door",
         ),
-        *("payloads", "policy", "role_loop", "rollout_requests", "script_library", "server_lock", "status"),
+        *("payloads", "policy", "role_loop", "rollout_requests", "script_library", "status"),
+        *("server_lock", "server_slots"),
         "vllm_http",
     },
     "producers": {

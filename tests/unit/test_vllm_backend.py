@@ -15,6 +15,7 @@ from PIL import Image
 from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import ServerFailed, ServerUnavailable
 from broker_schemas.method.dataset import Sample
+from broker_schemas.rollout_servers.server_slots import unshared_slots
 from producers.rollout_backend import DecodingSettings
 from producers.vllm_backend import VllmBackend, VllmBackendSettings
 from producers.vllm_client import RetrySettings
@@ -78,7 +79,7 @@ def backend_of(servers: list[FakeVllm], *, decode_batch_size: int = 4) -> VllmBa
         decode_batch_size=decode_batch_size,
         retry=RetrySettings(request_timeout_s=5.0),
     )
-    return VllmBackend(Prompts(), Images(), fleet, settings)  # type: ignore[arg-type]
+    return VllmBackend(Prompts(), Images(), fleet, settings, unshared_slots)  # type: ignore[arg-type]
 
 
 def servers_of(*world_sizes: int) -> list[FakeVllm]:

@@ -19,6 +19,7 @@ from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.rollout_servers.server_slots import unshared_slots
 from broker_schemas.rollout_servers.vllm_http import VllmServer
 from configs import RunConfig
 from producers.hf_backend import HfBackend, HfBackendSettings
@@ -180,7 +181,7 @@ def make_vllm(stage: Stage, two_servers: RunningServers) -> Iterator[MakeBackend
             decoding=decoding or DecodingSettings(max_new_tokens=24),
             retry=RetrySettings(request_timeout_s=request_timeout_s),
         )
-        made.append(VllmBackend(stage.prompts, stage.images, fleet, settings))
+        made.append(VllmBackend(stage.prompts, stage.images, fleet, settings, unshared_slots))
         return made[-1]
 
     yield make

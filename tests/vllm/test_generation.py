@@ -12,6 +12,7 @@ from PIL import Image
 
 from broker_schemas.errors import PromptMismatch, ServerRefused
 from broker_schemas.method.images import ImageProcessor
+from broker_schemas.rollout_servers.server_slots import unshared_slots
 from producers.hf_backend import HfBackend
 from producers.rollout_backend import DecodingSettings, Generation
 from producers.vllm_backend import VllmBackend
@@ -127,7 +128,7 @@ def test_other_image_bounds_than_the_servers_are_noticed(
 ) -> None:
     images = ImageProcessor(stage.model, stage.root / "scenes", min_pixels=256 * 256, max_pixels=256 * 256)
     ready = make_vllm()
-    vllm = VllmBackend(stage.prompts, images, ready._fleet, ready._settings)
+    vllm = VllmBackend(stage.prompts, images, ready._fleet, ready._settings, unshared_slots)
     vllm.follow(stage.publish(1, "generation"))
 
     with pytest.raises(PromptMismatch, match="image bounds"):
