@@ -209,7 +209,9 @@ def tiny(
     console = Console(stderr=True)
     with console.status("making a tiny model"):
         summary = make_tiny_model(dst, preset=preset, seed=seed)
-    Console(soft_wrap=True, highlight=False).print(str(summary), markup=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(str(summary), markup=False)
+    console.print(f"next: rollstream new NAME --data FOLDER --model {dst}", markup=False)
 
 
 @model_app.command()
@@ -225,4 +227,6 @@ def adapt(
         summary = adapt_model(
             src, dst, progress=lambda done, total: progress.update(task, completed=done, total=total)
         )
-    Console(soft_wrap=True, highlight=False).print(str(summary), markup=False)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(str(summary), markup=False)
+    console.print(f"next: rollstream new NAME --data FOLDER --model {dst}", markup=False)

@@ -93,7 +93,7 @@ def doctor(
         console.print_json(json.dumps([finding.to_json() for finding in findings]))
     else:
         console.print(render_findings(findings))
-        console.print(verdict_line(findings, config), markup=False)
+        console.print(verdict_line(findings, loaded, config), markup=False)
     if any(finding.verdict == "fail" for finding in findings):
         raise typer.Exit(1)
 

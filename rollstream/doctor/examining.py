@@ -36,12 +36,13 @@ def examine(config: RunConfig) -> list[Finding]:
     return found
 
 
-def verdict_line(findings: Sequence[Finding], config_path: Path) -> str:
+def verdict_line(findings: Sequence[Finding], config: RunConfig, config_path: Path) -> str:
     """Return what the findings come to, and what to do next."""
     failed = sum(finding.verdict == "fail" for finding in findings)
     if failed:
         return f"{failed} of {len(findings)} checks failed; change what the arrows say and look again"
-    return f"nothing fails; next: rollstream up {config_path}, or rollstream learn for a warm start"
+    command = "up" if config.b_ratio > 0 else "learn"
+    return f"nothing fails; next: rollstream {command} {config_path}"
 
 
 def examine_data(config: RunConfig) -> Iterator[Finding]:
