@@ -46,9 +46,14 @@ SHORTER: Final = {
     "make demo": "ARGS='--steps 20'",
     "make test": "ARGS='tests/unit/test_sweep_grid.py -k runs_are_named'",
     "rollstream bench queue": "--quick",
-    "rollstream learn configs/warm_start/scenes.yaml": (
-        "--set training.max_steps=1 --set training.warmup_steps=0 --set training.eval_num_samples=2"
+    "rollstream learn mine-warm.yaml": (
+        "--set training.max_steps=2 --set training.warmup_steps=0 --set training.eval_num_samples=1"
     ),
+    "rollstream up mine.yaml": (
+        "--steps 2 --set model.name_or_path=runs/mine-warm/checkpoints/checkpoint-2"
+        " --set training.eval_num_samples=1"
+    ),
+    "rollstream eval mine.yaml": "--set model.name_or_path=runs/mine-warm/checkpoints/checkpoint-2",
     "rollstream sweep CONFIG": "--grid grid.yaml --steps 2",
     "rollstream sweep configs/demo.yaml --steps 60 --set devices.learner_world_size=1": (
         "--grid grid.yaml --steps 2 --output runs/sweep-alone"
@@ -128,7 +133,7 @@ class Workspace:
         for placeholder, value in (
             (BROKER, self.broker_url),
             (" URL", f" {self.broker_url}"),
-            ("path/to/annotations", "voc"),
+            ("path/to/photographs", "voc"),
             ("gc runs/demo", "gc runs/ended"),
         ):
             text = text.replace(placeholder, value)
