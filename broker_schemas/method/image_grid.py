@@ -37,16 +37,23 @@ class ImageGrid:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as exc:
             raise DataError(f"{path}: not readable ({exc}); download the checkpoint again") from exc
-        size = content.get("size") or {}
         try:
-            return cls(
+            size = content.get("size") or {}
+            grid = cls(
                 patch_size=int(content.get("patch_size", 14)),
                 merge_size=int(content.get("merge_size", 2)),
                 min_pixels=min_pixels or _bound(content, size, "min_pixels", "shortest_edge", 56 * 56),
                 max_pixels=max_pixels or _bound(content, size, "max_pixels", "longest_edge", 28 * 28 * 1280),
             )
-        except (TypeError, ValueError) as exc:
+        except (AttributeError, TypeError, ValueError) as exc:
             raise DataError(f"{path}: not an image processor file ({exc}); download it again") from exc
+        if not 1 <= grid.min_pixels <= grid.max_pixels or grid.patch_size < 1 or grid.merge_size < 1:
+            raise DataError(
+                f"{path}: got min_pixels {grid.min_pixels}, max_pixels {grid.max_pixels}, patches of "
+                f"{grid.patch_size} and {grid.merge_size} merged, expected 1 <= min_pixels <= max_pixels; "
+                "correct model.image, or download the checkpoint again"
+            )
+        return grid
 
     def grid(self, width: int, height: int) -> GridTHW:
         """Return (frames, rows, columns) of patches; raises DataError for a shape that no processor takes."""

@@ -107,7 +107,7 @@ def examine_model(config: RunConfig) -> Iterator[Finding]:
     try:
         folder = access.model_dir(config)
         prompts = access.prompt_builder(config, folder)
-        access.image_processor(config, folder, config.data.train_jsonl)
+        sample_ruler(config)  # reads the image processor's file, without the libraries that run it
         check_model_folder(folder)
     except (RollstreamError, OSError, ValueError) as exc:
         yield fail("model", str(exc), "correct model.name_or_path, or make a model: rollstream model adapt")
