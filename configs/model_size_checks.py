@@ -61,12 +61,11 @@ def _not_there_yet(config: RunConfig) -> Iterator[Problem]:
     """Keys that this version reads but cannot carry out."""
     training = config.training
     wanted = {
-        "lora": training.lora.rank is not None,
-        "freeze": bool(training.freeze),
-        "learning_rates": any(rate is not None for rate in training.learning_rates.__dict__.values()),
+        ("lora",): training.lora.rank is not None,
+        ("learning_rates", "coordinates"): training.learning_rates.coordinates is not None,
     }
     for name, is_wanted in wanted.items():
         if is_wanted:
             yield Problem(
-                message="is not there yet in this version; take the key out", paths=((*TRAINING, name),)
+                message="is not there yet in this version; take the key out", paths=((*TRAINING, *name),)
             )

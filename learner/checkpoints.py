@@ -35,14 +35,15 @@ SHARD_SIZE: Final = "4GB"
 class TrainerState:
     """Where a run stands. ``optimizer_step``: steps done, so the number of the next one.
 
-    ``dataset_position``: ground-truth places passed. ``best_f1`` and ``evaluations_since_best`` serve early
-    stopping; -1 before the first evaluation.
+    ``dataset_position``: ground-truth places passed. ``best_f1``, ``best_step`` (steps done then) and
+    ``evaluations_since_best`` serve early stopping; -1 before the first evaluation.
     """
 
     optimizer_step: int
     policy_version: int = 0
     dataset_position: int = 0
     best_f1: float = -1.0
+    best_step: int = -1
     evaluations_since_best: int = 0
     totals: dict[str, float] = field(default_factory=dict)
 
@@ -57,8 +58,11 @@ def write_checkpoint(
     num_kept: int,
     ranks: Ranks,
 ) -> Path:
-    """Write ``checkpoint-<optimizer_step>`` whole, then drop all but the ``num_kept`` latest; return its
-    path. All ranks call it; rank 0 writes the weights, every rank its part of a sharded optimizer.
+    """Write ``checkpoint-<optimizer_step>`` whole, then drop all but the best and the ``num_kept`` latest;
+    return its path.
+
+    All ranks call it and wait however long it takes; rank 0 writes the weights, every rank its part of a
+    sharded optimizer.
 
     ``companions`` is the model folder whose tokenizer and processor files are copied.
     Raises RunStopped when the disk refuses; earlier checkpoints stay as they are.
@@ -71,21 +75,23 @@ def write_checkpoint(
         parent.mkdir(parents=True, exist_ok=True)
         save_file(mine, part)
     ranks.barrier(what=f"parts of {final.name}")
-    if not ranks.is_first:
-        return final
-    with whole_directory(final) as staging:
-        try:
-            save_model_folder(trained.model, staging, companions, tensors=tensors)
-            save_file(mine, staging / optimizer_file(0))
-            save_file(_random_tensors(), staging / _RANDOM_FILE)
-        except SafetensorError as exc:  # a full disk comes as the library's own error
-            raise OSError(str(exc)) from exc
-        if trained.is_sharded:
-            for rank in range(1, ranks.world_size):
-                (parent / f".part-{final.name}-{rank}").replace(staging / optimizer_file(rank))
-        body = {"format": FORMAT, **asdict(state)}
-        (staging / _STATE_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    keep_last(parent, PREFIX, num_kept)
+
+    def write() -> None:
+        with whole_directory(final) as staging:
+            try:
+                save_model_folder(trained.model, staging, companions, tensors=tensors)
+                save_file(mine, staging / optimizer_file(0))
+                save_file(_random_tensors(), staging / _RANDOM_FILE)
+            except SafetensorError as exc:  # a full disk comes as the library's own error
+                raise OSError(str(exc)) from exc
+            if trained.is_sharded:
+                for rank in range(1, ranks.world_size):
+                    (parent / f".part-{final.name}-{rank}").replace(staging / optimizer_file(rank))
+            body = {"format": FORMAT, **asdict(state)}
+            (staging / _STATE_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        keep_last(parent, PREFIX, num_kept, also=state.best_step)
+
+    ranks.wait_for_first(write, what=f"writing of {final.name}")
     return final
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from time import monotonic, sleep
 from typing import Any, Final, NoReturn
@@ -25,6 +26,7 @@ BUCKET_BYTES: Final = 64 * 1024 * 1024
 _FIRST_PAUSE_S: Final = 0.0005
 _LONGEST_PAUSE_S: Final = 0.02
 _WHO_IS_LEFT_S: Final = 10.0
+_SIGN_OF_LIFE_S: Final = 1.0
 # torchrun sends SIGTERM to the ranks that are left when one dies, and SIGKILL 30 s later
 _STOPPING_WAIT_S: Final = 20.0
 _STOPPING: Final = "a stop was asked for while waiting"
@@ -89,6 +91,24 @@ class Ranks:
     def barrier(self, *, what: str, timeout_s: float | None = None) -> None:
         """Return when every rank has arrived. Errors as ``gather``."""
         self.gather(None, what=what, timeout_s=timeout_s)
+
+    def wait_for_first(self, work: Callable[[], None], *, what: str) -> None:
+        """Run ``work`` on rank 0 while the others wait, however long it takes and as long as rank 0 lives.
+
+        Raises what ``work`` raises, on rank 0. Other errors as ``gather``.
+        """
+        if self.world_size == 1:
+            work()
+            return
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="first-rank") as pool:
+            running = pool.submit(work) if self.is_first else None
+            is_done = False
+            while not is_done:
+                if running is not None:
+                    wait([running], timeout=min(_SIGN_OF_LIFE_S, self._stall_timeout_s / 4))
+                is_done = self.broadcast(running is None or running.done(), what=what)
+        if running is not None:
+            running.result()
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replace each gradient by its sum over the ranks; a missing gradient counts as zero.

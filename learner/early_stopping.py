@@ -23,7 +23,7 @@ def note_evaluation(state: TrainerState, value: float, metric: str = "f1") -> Tr
     """
     score = 1.0 / (1.0 + value) if is_lower_better(metric) else value
     if score > state.best_f1:
-        return replace(state, best_f1=score, evaluations_since_best=0)
+        return replace(state, best_f1=score, best_step=state.optimizer_step, evaluations_since_best=0)
     return replace(state, evaluations_since_best=state.evaluations_since_best + 1)
 
 

@@ -101,7 +101,9 @@ class Milestones:
         what = f"publication of policy version {policy_version}"
         self._ranks.barrier(what=f"start of the {what}")
         tensors = self._trained.whole_tensors(keep=self._ranks.is_first) if self._trained.is_sharded else None
-        if self._ranks.is_first:
+
+        def write() -> None:
+            started = self._parts.clock()
             path = weights.publish_weights(
                 settings.policy_dir,
                 trained=self._trained,
@@ -111,12 +113,16 @@ class Milestones:
                 num_kept=settings.num_policies_kept,
                 dtype=settings.publication_dtype,
             )
+            written_s = self._parts.clock() - started
             if self._parts.sync_servers is not None:
                 self._parts.sync_servers(policy_version, str(path))
             self._broker.publish_policy(
                 policy_version=policy_version, optimizer_step=state.optimizer_step, weights_path=str(path)
             )
-        self._ranks.barrier(what=f"end of the {what}", timeout_s=settings.publication_timeout_s)
+            taken_s = self._parts.clock() - started
+            LOG.info("%s: written in %.3f s, current after %.3f s", what, written_s, taken_s)
+
+        self._ranks.wait_for_first(write, what=f"end of the {what}")
         self._parts.metrics.on_policy_published(policy_version)
 
     def evaluate_if_due(self, state: TrainerState) -> tuple[TrainerState, str | None]:
@@ -160,9 +166,10 @@ class Milestones:
         return unsharded_copy(self._trained.model, tensors, dtype).to(self._ranks.device)
 
     def checkpoint_if_due(self, state: TrainerState) -> None:
-        """Write a checkpoint after each ``save_every_steps`` steps."""
+        """Write a checkpoint after each ``save_every_steps`` steps, and after the best evaluation so far."""
         every = self._settings.save_every_steps
-        if every > 0 and state.optimizer_step % every == 0:
+        is_best = state.best_step == state.optimizer_step
+        if (every > 0 and state.optimizer_step % every == 0) or is_best:
             self.checkpoint(state)
 
     def checkpoint(self, state: TrainerState) -> None:
@@ -170,6 +177,7 @@ class Milestones:
         done = state.optimizer_step
         if done == self._covered_step:
             return
+        started = self._parts.clock()
         checkpoints.write_checkpoint(
             self._settings.checkpoints_dir,
             trained=self._trained,
@@ -181,5 +189,6 @@ class Milestones:
         )
         if self._ranks.is_first:
             self._broker.settle_checkpoint(optimizer_step=done)
+        LOG.info("checkpoint after step %d: written in %.3f s", done - 1, self._parts.clock() - started)
         self._covered_step = done
         self._parts.metrics.on_checkpoint(done)

@@ -5,11 +5,15 @@ state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 import torch
+
+from learner.model_parts import Part, part_of
+
+SHARE: Final = "share_of_learning_rate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +22,8 @@ class OptimizationSettings:
     follows.
 
     ``max_steps``: where ``cosine`` and ``linear`` reach ``smallest_fraction`` of the peak.
-    ``max_grad_norm``: clipping of the global gradient norm, 0 for none.
+    ``max_grad_norm``: clipping of the global gradient norm, 0 for none. ``part_rates``: peaks of parts of the
+    model with one of their own, which follow the same course.
     """
 
     learning_rate: float = 1e-4
@@ -31,6 +36,7 @@ class OptimizationSettings:
     max_steps: int = 1000
     smallest_fraction: float = 0.0
     max_grad_norm: float = 1.0
+    part_rates: Mapping[Part, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.max_steps < 1 or self.warmup_steps < 0 or self.max_grad_norm < 0:
@@ -65,11 +71,18 @@ def build_optimizer(
     """Return AdamW over the trainable parameters; weight decay is for matrices only, not for norms and
     biases.
     """
-    trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    by_share: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            rate = settings.part_rates.get(part_of(name), settings.learning_rate)
+            by_share.setdefault(rate / settings.learning_rate, []).append(parameter)
+    trainable = [parameter for parameters in by_share.values() for parameter in parameters]
+    groups: list[dict[str, Any]] = []
+    for share, parameters in by_share.items():
+        matrices = [p for p in parameters if p.ndim >= 2]
+        others = [p for p in parameters if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay, SHARE: share})
+        groups.append({"params": others, "weight_decay": 0.0, SHARE: share})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
@@ -81,6 +94,6 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every parameter group of ``optimizer`` this learning rate."""
+    """Give every parameter group of ``optimizer`` its share of this learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group[SHARE]

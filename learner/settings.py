@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from learner.losses import LossSettings
+from learner.model_parts import Part
 from learner.optimization import OptimizationSettings
 from learner.sharding import Precision, Sharding
 
@@ -32,7 +33,7 @@ class LearnerSettings:
     ``gradient_accumulation_steps``: rows that an A step is cut into on each rank; B steps bring their own
     packs. ``row_capacity_tokens``: the packing length. ``save_every_steps``, ``eval_every_steps``:
     optimizer steps, 0 only at the end and never. ``evaluation_timeout_s``: how long the other ranks wait
-    for rank 0's evaluation; ``publication_timeout_s`` for its publication, None ``stall_timeout_s``.
+    for rank 0's evaluation.
     ``publication_dtype``: format of published weights, None as the model computes.
     ``num_rollouts_in_step``: the segments of every B step where its packs are trained as they fill [S-8];
     None where a step is trained when it is claimed.
@@ -56,9 +57,9 @@ class LearnerSettings:
     is_policy_published: bool = True
     stall_timeout_s: float = 300.0
     evaluation_timeout_s: float = 3600.0
-    publication_timeout_s: float | None = None
     precision: Precision = "float32"
     sharding: Sharding = "none"
+    frozen_parts: tuple[Part, ...] = ()
     publication_dtype: torch.dtype | None = None
     is_checkpointing_activations: bool = False
     num_rollouts_in_step: int | None = None

@@ -17,6 +17,7 @@ from learner.collation import PackedRow
 from learner.determinism import seed_step
 from learner.filler_rows import with_filler
 from learner.milestones import LearnerParts, Milestones
+from learner.model_parts import freeze_parts
 from learner.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from learner.overlapped_rows import StepRows
 from learner.packed_forward import RowLoss
@@ -65,6 +66,7 @@ class _Loop:
         self._parts = parts
         self._settings = settings
         self._ranks = parts.ranks
+        freeze_parts(parts.model, settings.frozen_parts)
         self._row_loss = RowLoss(parts.model.train())
         if settings.is_checkpointing_activations:
             parts.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -59,9 +59,12 @@ def numbered_directories(parent: Path, prefix: str) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def keep_last(parent: Path, prefix: str, num_kept: int) -> list[Path]:
-    """Remove all but the ``num_kept`` highest numbered directories; return what was removed."""
-    removed = [path for _, path in numbered_directories(parent, prefix)[: -max(num_kept, 1)]]
+def keep_last(parent: Path, prefix: str, num_kept: int, *, also: int | None = None) -> list[Path]:
+    """Remove all but the ``num_kept`` highest numbered directories and number ``also``; return what was
+    removed.
+    """
+    older = numbered_directories(parent, prefix)[: -max(num_kept, 1)]
+    removed = [path for number, path in older if number != also]
     for path in removed:
         # renamed first: a reader sees the directory whole or not at all
         aside = path.with_name(f"{ASIDE_MARK}{path.name}")

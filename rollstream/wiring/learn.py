@@ -29,6 +29,7 @@ from learner.distributed import Ranks, connect
 from learner.ground_truth_only import GroundTruthOnlyBroker
 from learner.losses import LossSettings
 from learner.metrics import LearnerMetrics
+from learner.model_parts import Part
 from learner.optimization import OptimizationSettings
 from learner.packed_forward import position_rule_of
 from learner.patient_broker import PatientBroker
@@ -67,6 +68,11 @@ def loss_settings(config: RunConfig, prompts: PromptBuilder) -> LossSettings:
 def optimization_settings(config: RunConfig) -> OptimizationSettings:
     """Return optimizer and learning-rate course."""
     training = config.training
+    own = training.learning_rates
+    rates: tuple[tuple[Part, float | None], ...] = (
+        *(("vision", own.vision), ("merger", own.merger)),
+        ("text", own.text),
+    )
     return OptimizationSettings(
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
@@ -77,6 +83,7 @@ def optimization_settings(config: RunConfig) -> OptimizationSettings:
         schedule=training.lr_scheduler,
         max_steps=training.max_steps,
         max_grad_norm=training.max_grad_norm,
+        part_rates={part: rate for part, rate in rates if rate is not None},
         smallest_fraction=training.min_learning_rate / training.learning_rate,
     )
 
@@ -101,10 +108,10 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         eval_every_steps=training.eval_every_steps if config.data.val_jsonl else 0,
         is_policy_published=config.b_ratio > 0,
         stall_timeout_s=config.stage2_async.stall_timeout_s,
-        publication_timeout_s=publication_timeout_s(config),
         num_checkpoints_kept=training.num_checkpoints_kept,
         precision=config.precision,
         sharding=training.sharding,
+        frozen_parts=training.freeze,
         publication_dtype=getattr(torch, config.rollout_dtype),
         is_checkpointing_activations=training.activation_checkpointing,
         num_rollouts_in_step=training.effective_batch_size
@@ -114,13 +121,6 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
             metric=stop.metric.removeprefix("eval_rollout_"), target=stop.target, patience=stop.patience
         ),
     )
-
-
-def publication_timeout_s(config: RunConfig) -> float | None:
-    """Return how long other ranks wait for a publication; a sync with servers has its own deadline."""
-    if config.rollout_matching.rollout_backend != "vllm":
-        return None
-    return config.stage2_async.stall_timeout_s + 2 * config.rollout_matching.vllm.server.timeout_s
 
 
 def exact_ratio(config: RunConfig) -> str:

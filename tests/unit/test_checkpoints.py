@@ -209,3 +209,23 @@ def test_published_policies_are_whole_folders_and_the_last_ones_stay(
         assert path == tmp_path / "policy" / f"v{policy_version}"
     assert sorted(entry.name for entry in (tmp_path / "policy").iterdir()) == ["v1", "v2"]
     assert (tmp_path / "policy" / "v2" / "tokenizer.json").is_file()
+
+
+@pytest.mark.req("L-6")
+def test_the_best_checkpoint_stays_beside_the_latest(tmp_path: Path, companions: Path) -> None:
+    weights, optimizer = trained()
+    for done in (2, 4, 6, 8):
+        write_checkpoint(
+            tmp_path / "run",
+            trained=weights,
+            optimizer=optimizer,
+            state=TrainerState(optimizer_step=done, best_f1=0.5, best_step=2),
+            companions=companions,
+            num_kept=2,
+            ranks=one_rank(),
+        )
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
