@@ -9,12 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from consumers.shapes import MaskCanvas, Shape, extents, pairwise_box_iou, pairwise_squared_centre_distance
+from consumers.shapes import (
+    MaskCanvas,
+    Shape,
+    extents,
+    pairwise_box_iou,
+    pairwise_box_overlap,
+    pairwise_squared_centre_distance,
+    star_area,
+)
+
+RASTER_ERROR: Final = 0.02
+"""How far the IoU of two masks may lie above that of the shapes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,20 +90,38 @@ def candidate_ious(
 ) -> NDArray[np.float64]:
     """Return the IoU (P, G) of every candidate pair, NaN where a pair is no candidate.
 
-    Box against box is exact in bins; where a polygon takes part both are rasterised, each shape once.
+    Box against box is exact in bins; where a polygon takes part both are rasterised, unless their areas and
+    extents leave no IoU near the gate: such a pair has its upper bound.
     """
     prediction_xyxy, truth_xyxy = extents(predictions), extents(ground_truth)
     box_iou = pairwise_box_iou(prediction_xyxy, truth_xyxy)
     candidates = _candidates(box_iou, prediction_xyxy, truth_xyxy, settings.candidate_top_k)
     overlap = np.where(candidates, box_iou, np.nan)
-    is_poly = np.array([shape.geometry == "poly" for shape in ground_truth])
+    is_poly = np.array([[shape.geometry == "poly" for shape in ground_truth]])
+    is_poly = is_poly | np.array([[shape.geometry == "poly"] for shape in predictions])
+    if not is_poly.any():
+        return overlap
+    bound = _iou_bound(predictions, ground_truth, pairwise_box_overlap(prediction_xyxy, truth_xyxy))
     canvas = MaskCanvas(settings.maskiou_resolution)
-    for row, prediction in enumerate(predictions):
-        by_mask = candidates[row] if prediction.geometry == "poly" else candidates[row] & is_poly
-        columns = np.flatnonzero(by_mask).tolist()
-        if columns:
-            overlap[row, columns] = canvas.ious(prediction, [ground_truth[column] for column in columns])
+    by_mask = candidates & is_poly
+    overlap[by_mask] = bound[by_mask]
+    for row, column in np.argwhere(by_mask & (bound > 0) & (bound >= settings.maskiou_gate - RASTER_ERROR)):
+        overlap[row, column] = canvas.iou(predictions[row], ground_truth[column])
     return overlap
+
+
+def _iou_bound(
+    predictions: Sequence[Shape], ground_truth: Sequence[Shape], extent_overlap: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return what no IoU (P, G) is above, by the areas of the shapes and the overlap of their extents."""
+    rows, columns = (
+        np.array([math.nan if area is None else area for area in map(star_area, shapes)])
+        for shapes in (predictions, ground_truth)
+    )
+    overlap = np.minimum(np.minimum(rows[:, None], columns[None, :]), extent_overlap)
+    union = rows[:, None] + columns[None, :] - overlap
+    bound = np.where(np.isnan(union), 1.0, overlap / np.where(union > 0, union, 1.0))
+    return np.where(extent_overlap > 0, bound, 0.0)
 
 
 def _candidates(

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from consumers.bin_completion import WorkExhausted, complete_bins
 from consumers.packing import OVERSIZED_ADVICE, OversizedSegment, PackingError, check_lengths, select_pack
 
-MAX_SEARCH_NODES = 60_000
-"""Work bound of the exact search; about half a second on one core."""
+MAX_SEARCH_WORK = 600_000
+"""Work bound of the exact search, in steps; about half a second on one core."""
 
 InfeasibleReason = Literal["sum_over_capacity", "fewer_segments_than_packs", "indivisible"]
 
@@ -28,9 +29,11 @@ class InfeasibleWindow(PackingError):
 class WindowSearchExhausted(PackingError):
     """The search reached its work bound: whether the window is feasible is not known."""
 
+    reason: Literal["search_exhausted"] = "search_exhausted"
+
 
 def schedule_window(
-    lengths: Sequence[int], capacity: int, num_packs: int, *, max_search_nodes: int = MAX_SEARCH_NODES
+    lengths: Sequence[int], capacity: int, num_packs: int, *, max_search_work: int = MAX_SEARCH_WORK
 ) -> list[list[int]]:
     """Divide all segments into exactly `num_packs` non-empty packs of at most `capacity` tokens each.
 
@@ -39,7 +42,7 @@ def schedule_window(
     Longest processing time first (Graham 1969) gives balanced packs. Where it does not fit, packs are filled
     one after the other, and where that does not fit either, an exact search decides; both are evened out
     afterwards. Raises `InfeasibleWindow` with one of three reasons (no segments at all are
-    `fewer_segments_than_packs`), `WindowSearchExhausted` if `max_search_nodes` did not decide, and
+    `fewer_segments_than_packs`), `WindowSearchExhausted` if `max_search_work` did not decide, and
     `PackingError` for values below 1.
     """
     if num_packs < 1:
@@ -48,7 +51,7 @@ def schedule_window(
     packs = longest_first(checked, capacity, num_packs)
     if packs is None:
         packs = _one_by_one(checked, capacity, num_packs) or _search(
-            checked, capacity, num_packs, max_search_nodes
+            checked, capacity, num_packs, max_search_work
         )
         _fill_empty(packs, checked)
         _even_out(packs, checked)
@@ -113,88 +116,26 @@ def _one_by_one(lengths: list[int], capacity: int, num_packs: int) -> list[list[
     return None if left else members
 
 
-def _search(lengths: list[int], capacity: int, num_packs: int, max_nodes: int) -> list[list[int]]:
-    search = _Search([lengths[i] for i in longest_order(lengths)], capacity, num_packs, max_nodes)
-    placed = search.run()
-    if placed is None:
+def _search(lengths: list[int], capacity: int, num_packs: int, max_work: int) -> list[list[int]]:
+    order = longest_order(lengths)
+    where = f"window of {len(lengths)} segments for {num_packs} packs of {capacity} tokens"
+    try:
+        fillings = complete_bins([lengths[i] for i in order], capacity, num_packs, max_work)
+    except WorkExhausted as exc:
+        raise WindowSearchExhausted(
+            f"{where}: the search took {max_work} steps without an answer, so the window may or "
+            "may not be feasible; leave more room (raise training.global_max_length or lower "
+            "training.effective_batch_size), or use post_rollout_pack_scope: micro"
+        ) from exc
+    if fillings is None:
         raise InfeasibleWindow(
             "indivisible",
-            f"window of {len(lengths)} segments for {num_packs} packs of {capacity} tokens: "
-            f"got {sum(lengths)} tokens, which would fit into {num_packs * capacity}, but "
+            f"{where}: got {sum(lengths)} tokens, which would fit into {num_packs * capacity}, but "
             f"no division of whole segments does (longest {max(lengths)}); {OVERSIZED_ADVICE}; "
             "or lower training.effective_batch_size, or use post_rollout_pack_scope: micro",
         )
-    members: list[list[int]] = [[] for _ in range(num_packs)]
-    for i, pack in zip(longest_order(lengths), placed, strict=True):
-        members[pack].append(i)
-    return members
-
-
-class _Search:
-    """Depth-first over the lengths in descending order, tightest pack first; equal states are visited
-    once."""
-
-    def __init__(self, lengths: list[int], capacity: int, num_packs: int, max_nodes: int) -> None:
-        self._lengths = lengths
-        self._num_packs = num_packs
-        self._capacity = capacity
-        self._max_nodes = max_nodes
-        self._rooms = [capacity] * num_packs
-        self._placed: list[int] = []
-        self._dead_ends: set[tuple[int, tuple[int, ...]]] = set()
-        self._num_nodes = 0
-
-    def run(self) -> list[int] | None:
-        """Return the pack of each length, or None if there is no division."""
-        untried = [self._candidates()]
-        while untried:
-            if len(self._placed) == len(self._lengths):
-                return self._placed
-            if untried[-1]:
-                self._place(untried[-1].pop())
-                untried.append(self._candidates())
-                continue
-            untried.pop()
-            self._dead_ends.add(self._state())
-            if self._placed:
-                self._unplace()
-        return None
-
-    def _candidates(self) -> list[int]:
-        """Packs worth trying for the next length, best last; none where the state cannot lead to a
-        division."""
-        if len(self._placed) == len(self._lengths) or self._is_hopeless():
-            return []
-        self._num_nodes += 1
-        if self._num_nodes > self._max_nodes:
-            raise WindowSearchExhausted(
-                f"window of {len(self._lengths)} segments for {self._num_packs} packs of "
-                f"{self._capacity} tokens: the search visited {self._max_nodes} "
-                "states without an answer, so the window may or "
-                "may not be feasible; leave more room (raise training.global_max_length or lower "
-                "training.effective_batch_size), or use post_rollout_pack_scope: micro"
-            )
-        length = self._lengths[len(self._placed)]
-        by_room = {room: pack for pack, room in reversed(list(enumerate(self._rooms))) if room >= length}
-        if length in by_room:
-            return [by_room[length]]  # a perfect fit is never worse than any other place for this length
-        return [by_room[room] for room in sorted(by_room, reverse=True)]
-
-    def _is_hopeless(self) -> bool:
-        remaining = self._lengths[len(self._placed) :]
-        usable = sum(room for room in self._rooms if room >= remaining[-1])
-        return usable < sum(remaining) or self._state() in self._dead_ends
-
-    def _state(self) -> tuple[int, tuple[int, ...]]:
-        return len(self._placed), tuple(sorted(self._rooms))
-
-    def _place(self, pack: int) -> None:
-        self._rooms[pack] -= self._lengths[len(self._placed)]
-        self._placed.append(pack)
-
-    def _unplace(self) -> None:
-        pack = self._placed.pop()
-        self._rooms[pack] += self._lengths[len(self._placed)]
+    members = [[order[position] for position in filling] for filling in fillings]
+    return members + [[] for _ in range(num_packs - len(members))]
 
 
 def _fill_empty(members: list[list[int]], lengths: list[int]) -> None:

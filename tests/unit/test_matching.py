@@ -153,8 +153,57 @@ def test_a_polygon_is_compared_by_mask_and_not_by_its_extent() -> None:
 def test_the_largest_bin_lies_on_the_last_pixel_but_one_step_of_the_canvas() -> None:
     # On 11 pixels a bin v lies at 10 v / 999: the whole is 10 x 10 pixels and a quarter of it 5 x 5.
     whole, quarter = polygon(0, 0, 999, 0, 999, 999, 0, 999), box(0, 0, 500, 500)
-    overlap = candidate_ious([whole], [quarter], MatchSettings(maskiou_resolution=11))
+    overlap = candidate_ious([whole], [quarter], MatchSettings(maskiou_resolution=11, maskiou_gate=0.0))
     assert overlap.tolist() == [[0.25]]
+
+
+@pytest.mark.req("M-5")
+@pytest.mark.parametrize(
+    "bins",
+    [
+        (500, 100, 503, 100, 503, 600, 500, 600),
+        (500, 100, 501, 100, 501, 600, 500, 600),
+        (0, 0, 999, 998, 999, 999),
+        (0, 0, 1, 0, 0, 1),
+        (10, 10, 12, 900, 11, 900),
+    ],
+)
+def test_identical_shapes_match_however_thin(bins: tuple[int, ...]) -> None:
+    shape, turned = polygon(*bins), polygon(*bins[2:], *bins[:2])
+    overlap = candidate_ious([shape, turned], [shape, turned], DEFAULTS)
+    assert overlap.ravel() == pytest.approx([1.0] * 4)
+    assert len(match_objects([shape], [turned], DEFAULTS).pairs) == 1
+
+
+@pytest.mark.req("M-5")
+def test_thin_and_small_shapes_have_the_overlap_of_their_areas() -> None:
+    bar, beside = polygon(500, 100, 504, 100, 504, 600, 500, 600), box(502, 100, 506, 600)
+    small, half = polygon(40, 40, 48, 40, 48, 48, 40, 48), polygon(40, 40, 48, 40, 40, 48)
+    overlap = candidate_ious([bar, small], [beside, half], MatchSettings(maskiou_gate=0.0))
+    assert overlap.diagonal() == pytest.approx([1 / 3, 0.5], abs=0.01)
+
+
+@pytest.mark.req("M-5")
+def test_a_pair_that_is_not_rasterised_could_not_have_passed_the_gate() -> None:
+    rng = random.Random(8)
+    for _ in range(5):
+        shapes = [polygon(*(rng.randint(0, 300) for _ in range(2 * rng.randint(3, 9)))) for _ in range(8)]
+        stars = [star(rng, rng.randint(3, 12)) for _ in range(8)]
+        exact = candidate_ious(
+            [*shapes, *stars], [*stars, *shapes], MatchSettings(maskiou_gate=0.0, candidate_top_k=99)
+        )
+        gated = candidate_ious([*shapes, *stars], [*stars, *shapes], MatchSettings(candidate_top_k=99))
+        assert ((exact >= 0.3) == (gated >= 0.3)).all()
+        assert (gated >= exact - 0.02).all()
+
+
+def star(rng: random.Random, num_vertices: int) -> GroundTruthObject:
+    x, y, radius = rng.randint(100, 300), rng.randint(100, 300), rng.randint(10, 90)
+    bins = []
+    for k in range(num_vertices):
+        angle, reach = 2 * math.pi * k / num_vertices, radius * rng.uniform(0.4, 1.0)
+        bins += [round(x + reach * math.cos(angle)), round(y + reach * math.sin(angle))]
+    return polygon(*bins)
 
 
 @pytest.mark.req("M-5")

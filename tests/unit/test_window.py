@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +96,52 @@ def test_a_window_without_any_slack_is_divided(
         num_found += longest_first(lengths, capacity, num_packs) is None
 
     assert num_found > 100
+
+
+TIGHT = json.loads((Path(__file__).parents[1] / "golden" / "tight_windows.json").read_text("utf-8"))
+
+
+@pytest.mark.req("P-7")
+@pytest.mark.parametrize("window", TIGHT)
+def test_a_window_that_greedy_choices_cannot_divide_is_divided(window: dict[str, Any]) -> None:
+    lengths, capacity, num_packs = window["lengths"], window["capacity"], window["num_packs"]
+    assert_is_a_division(schedule_window(lengths, capacity, num_packs), lengths, capacity, num_packs)
+
+
+def full_packs(rng: random.Random, num_packs: int, capacity: int, fill: float, per_pack: int) -> list[int]:
+    """Cut packs of that fill into about so many segments each, of lengths that vary."""
+    lengths: list[int] = []
+    for _ in range(num_packs):
+        shares = [rng.lognormvariate(0, 0.5) for _ in range(max(1, per_pack + rng.randint(-1, 1)))]
+        load = int(capacity * fill)
+        parts = [max(1, int(load * share / sum(shares))) for share in shares]
+        parts[0] += load - sum(parts)
+        lengths += parts if min(parts) > 0 else [load]
+    rng.shuffle(lengths)
+    return lengths
+
+
+@pytest.mark.req("P-7")
+@pytest.mark.parametrize("capacity", [1024, 16384])
+@pytest.mark.parametrize("num_packs, per_pack", [(3, 9), (4, 7), (5, 5), (8, 3), (12, 2)])
+def test_every_window_of_up_to_32_segments_is_divided_at_any_fill(
+    num_packs: int, per_pack: int, capacity: int
+) -> None:
+    rng = random.Random(f"{num_packs} {capacity}")
+    for fill in (0.99, 0.995, 1.0, 1.0, 1.0):
+        for _ in range(6):
+            lengths = full_packs(rng, num_packs, capacity, fill, per_pack)
+            if len(lengths) <= 32:
+                packs = schedule_window(lengths, capacity, num_packs)
+                assert_is_a_division(packs, lengths, capacity, num_packs)
+
+
+@pytest.mark.req("P-7")
+@pytest.mark.parametrize("num_packs, per_pack", [(16, 3), (42, 12), (64, 8), (120, 4)])
+def test_a_large_window_of_99_percent_is_divided(num_packs: int, per_pack: int) -> None:
+    rng = random.Random(num_packs)
+    lengths = full_packs(rng, num_packs, 16384, 0.99, per_pack)[:512]
+    assert_is_a_division(schedule_window(lengths, 16384, num_packs), lengths, 16384, num_packs)
 
 
 @pytest.mark.req("P-6")
@@ -194,12 +243,10 @@ def test_each_infeasible_window_says_why_and_what_to_change(
 
 @pytest.mark.req("P-7")
 def test_an_undecided_search_does_not_claim_that_the_window_is_infeasible() -> None:
-    with pytest.raises(
-        WindowSearchExhausted, match="visited 1 states without an answer, so .* may or may not"
-    ):
-        schedule_window([4, 4, 4, 4, 4], 10, 2, max_search_nodes=1)
+    with pytest.raises(WindowSearchExhausted, match="took 1 steps without an answer, so .* may or may not"):
+        schedule_window([4, 4, 4, 4, 4], 10, 2, max_search_work=1)
     with pytest.raises(InfeasibleWindow):
-        schedule_window([4, 4, 4, 4, 4], 10, 2, max_search_nodes=10)
+        schedule_window([4, 4, 4, 4, 4], 10, 2, max_search_work=1000)
 
 
 def test_a_window_without_packs_is_refused() -> None:
