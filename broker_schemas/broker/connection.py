@@ -16,6 +16,8 @@ from redis.retry import Retry
 from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused, BrokerUnavailable, GroupGone
 
 LOWEST_SERVER: Final = (6, 2, 0)
+READ_BYTES: Final = 1 << 18
+"""Taken from the socket in one call: bodies are read by the megabyte."""
 _TLS_REFUSAL: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED|\[X509|\[PEM")
 _PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")
 
@@ -71,6 +73,7 @@ def open_redis(address: BrokerAddress, *, socket_timeout_s: float = 30.0) -> red
         "retry": LostConnectionRetry(ExponentialBackoff(cap=3.0, base=0.05), address.retries),
         "retry_on_error": [redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError],
         "health_check_interval": 30,
+        "socket_read_size": READ_BYTES,
     }
     if address.username is not None:
         options["username"] = address.username

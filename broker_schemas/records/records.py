@@ -152,7 +152,9 @@ class SegmentRecord:
     @classmethod
     def decode_body(cls, raw: bytes, schema_version: int = SCHEMA_VERSION) -> SegmentRecord:
         """Return the record in ``raw``; raises a RecordError that names field and value."""
-        body = upgrades.upgrade(cls.KIND, codec.decode_map(raw), schema_version, cls.SCHEMA_VERSION)
+        body = upgrades.upgrade(
+            cls.KIND, codec.decode_map(raw, is_in_place=True), schema_version, cls.SCHEMA_VERSION
+        )
         where = f"segment {body.get('record_id', '?')!r:.80}"
         read = BodyReader(body, where)
         if "assistant_payload" not in body:
@@ -282,7 +284,9 @@ class MatchedSegment:
     @classmethod
     def decode_body(cls, raw: bytes, schema_version: int = SCHEMA_VERSION) -> MatchedSegment:
         """Return the segment in ``raw``; raises a RecordError that names field and value."""
-        body = upgrades.upgrade(cls.KIND, codec.decode_map(raw), schema_version, cls.SCHEMA_VERSION)
+        body = upgrades.upgrade(
+            cls.KIND, codec.decode_map(raw, is_in_place=True), schema_version, cls.SCHEMA_VERSION
+        )
         where = f"matched {body.get('record_id', '?')!r:.80}"
         read = BodyReader(body, where)
         token_ids = read.token_ids("token_ids")
