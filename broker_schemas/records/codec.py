@@ -59,7 +59,7 @@ def decode_map(raw: bytes, *, max_bytes: int = MAX_RECORD_BYTES, is_in_place: bo
 
 
 def _map_in_place(raw: memoryview, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the map with its long binary values as views of ``raw``; None where the plain way must judge it."""
+    """Return the map with its long binary values as views of ``raw``; None where the plain way must judge."""
     if raw[0] == 0xDE:
         num_items, at = int.from_bytes(raw[1:3], "big"), 3
     elif raw[0] == 0xDF:
