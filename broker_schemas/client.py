@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, cast
+from typing import Final, Literal, TypeVar, cast
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.broker.payloads import fetch_segments
 from broker_schemas.broker.policy import read_policy
-from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
+from broker_schemas.errors import BrokerFull, BrokerUnavailable, ConfigError, DeadlinePassed, RunStopped
 from broker_schemas.records.codec import MAX_RECORD_BYTES
 from broker_schemas.records.packs import ReadyPack
 from broker_schemas.records.records import MatchedSegment, SegmentRecord
 
 _LINE_BREAKERS: Final = str.maketrans("\t\n", "  ")
+Answer = TypeVar("Answer")
 PushStatus = Literal["ok", "duplicate", "late", "too_large", "bad_id"]
 
 
@@ -102,10 +103,15 @@ def segment_line(record: SegmentRecord) -> str:
 
 @dataclass
 class PackFeed:
-    """Iterates packs of one rank in any training loop: claims, yields, and settles on request.
+    """Packs of one rank for a trainer of one's own; a step is decided once, for all ranks, for ever.
 
-    Each item is (pack, its segments in order). ``packs_per_step`` packs make one optimizer step;
-    ``settle(optimizer_steps)`` says that a checkpoint covers them.
+    An optimizer step is ``packs_per_step`` packs a rank; each is waited for ``deadline_s``, also where the
+    broker is away. A feed gives rollout steps (channel B) alone: ground-truth steps (channel A) need no
+    queue, so take them from your own data and call nothing here.
+
+    Resume with ``first_optimizer_step``, the number of steps that your checkpoint covers: packs of steps that
+    no checkpoint covers are given again, the same in the same order. ``archived_only`` where an archive runs:
+    what it has not kept yet is not freed.
     """
 
     broker: Broker
@@ -116,46 +122,101 @@ class PackFeed:
     version_window: int = 2
     deadline_s: float = 60.0
     poll_s: float = 0.05
+    archived_only: bool = False
     optimizer_step: int = field(init=False, default=0)
+    _door: LearnerDoor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"pack feed: got rank {self.rank}, expected 0 to {self.world_size - 1}")
         self.optimizer_step = self.first_optimizer_step
-
-    def __iter__(self) -> Iterator[tuple[ReadyPack, list[MatchedSegment]]]:
-        while True:
-            yield from self.next_step()
-
-    def next_step(self) -> list[tuple[ReadyPack, list[MatchedSegment]]]:
-        """Return this rank's packs of the next optimizer step; raises DeadlinePassed."""
-        policy = read_policy(self.broker)
-        door = LearnerDoor(
+        # one door for all steps: it knows the claim it was given last, and so whether the broker lost it
+        self._door = LearnerDoor(
             self.broker,
             ClaimSettings(
                 world_size=self.world_size,
                 packs_per_rank=self.packs_per_step,
                 version_window=self.version_window,
                 mode="wait",
+                archived_only=self.archived_only,
             ),
         )
-        give_up_at = time.monotonic() + self.deadline_s
+
+    def __iter__(self) -> Iterator[tuple[ReadyPack, list[MatchedSegment]]]:
         while True:
-            claim = door.claim_step(
-                optimizer_step=self.optimizer_step,
-                scheduled_kind="B",
-                policy_version=policy.policy_version if policy else 0,
-            )
-            if claim is not None:
-                break
-            if time.monotonic() > give_up_at:
-                raise DeadlinePassed(
-                    f"optimizer step {self.optimizer_step}: no packs in {self.deadline_s:g} s"
-                )
-            time.sleep(self.poll_s)
+            yield from self.next_step()
+
+    def next_step(self) -> list[tuple[ReadyPack, list[MatchedSegment]]]:
+        """Return this rank's packs of the next optimizer step, each with its segments in order.
+
+        Raises DeadlinePassed, naming the step and what it waited for, and can be called again then. Raises
+        RunStopped where the broker lost the claim of the step before, for its rollouts would come again:
+        go back to your last checkpoint and make a new feed; and for a step that a checkpoint covers.
+        """
+        give_up_at = time.monotonic() + self.deadline_s
+        packs = self._patiently(self._claim, give_up_at)
+        found = self._patiently(
+            lambda: [(pack, fetch_segments(self.broker, pack.record_ids)) for pack in packs], give_up_at
+        )
         self.optimizer_step += 1
-        return [(pack, fetch_segments(self.broker, pack.record_ids)) for pack in claim.packs[self.rank]]
+        return found
+
+    def commit(self, summary: Mapping[str, float | int | str] | None = None) -> None:
+        """Record that the step given last was taken, with numbers for the log; said again it changes nothing.
+
+        One rank says it; left out, the checkpoint that covers the step says it. Raises as ``next_step``.
+        """
+        step = self.optimizer_step - 1
+        self._patiently(
+            lambda: self._door.commit_step(optimizer_step=step, summary=summary or {}),
+            time.monotonic() + self.deadline_s,
+        )
 
     def settle(self, optimizer_steps: int) -> None:
-        """Free the packs of the first ``optimizer_steps`` steps: a checkpoint covers them."""
-        LearnerDoor(self.broker, ClaimSettings(world_size=self.world_size)).settle_checkpoint(
-            optimizer_step=optimizer_steps
+        """Free the packs of the first ``optimizer_steps`` steps: a checkpoint that is on disk covers them.
+
+        One rank says it, after the checkpoint of every rank is written; said again it changes nothing.
+        """
+        self._patiently(
+            lambda: self._door.settle_checkpoint(optimizer_step=optimizer_steps),
+            time.monotonic() + self.deadline_s,
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what a checkpoint keeps of this feed."""
+        return {"optimizer_step": self.optimizer_step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where a checkpoint was written; before the first step of this feed."""
+        self.optimizer_step = int(state["optimizer_step"])
+
+    def _claim(self) -> tuple[ReadyPack, ...] | None:
+        policy = read_policy(self.broker)
+        claim = self._door.claim_step(
+            optimizer_step=self.optimizer_step,
+            scheduled_kind="B",
+            policy_version=policy.policy_version if policy else 0,
+        )
+        if claim is None:
+            return None
+        if claim.kind != "B" or any(not packs for packs in claim.packs):
+            raise RunStopped(
+                f"optimizer step {self.optimizer_step}: was decided as {claim.kind} without packs for all of "
+                f"{self.world_size} ranks; go on with the trainer and the ranks that began the run"
+            )
+        return claim.packs[self.rank]
+
+    def _patiently(self, ask: Callable[[], Answer | None], give_up_at: float) -> Answer:
+        waited_for = "packs: are producers, matchers and the packer running?"
+        while True:
+            try:
+                answer = ask()
+                if answer is not None or ask != self._claim:
+                    return cast(Answer, answer)
+            except (BrokerUnavailable, BrokerFull) as exc:
+                waited_for = f"the broker: {exc}"
+            if time.monotonic() >= give_up_at:
+                raise DeadlinePassed(
+                    f"optimizer step {self.optimizer_step}: waited {self.deadline_s:g} s for {waited_for}"
+                )
+            time.sleep(self.poll_s)

@@ -22,6 +22,7 @@ The first level says what a loop does with it::
     ├── DataError              stop before training: the data set breaks its format
     └── RunStopped             leave together: a deadline passed or a role gave up
         ├── DeadlinePassed         a wait outlasted its deadline
+        ├── PlaceTaken             another process holds the place that this one had: write nothing
         └── NonFiniteLoss          a loss is not a number; names the segment
 """
 
@@ -123,6 +124,10 @@ class RunStopped(RollstreamError):
 
 class DeadlinePassed(RunStopped):
     """A wait outlasted its deadline."""
+
+
+class PlaceTaken(RunStopped):
+    """Another process took the place of this one, a role that a run has once; nothing was changed."""
 
 
 class NonFiniteLoss(RunStopped):

@@ -52,21 +52,30 @@ def _extends_fault(path: Path, base_name: Any, above: tuple[Path, ...]) -> str |
 def merge_into(base: SourceTree, top: SourceTree) -> None:
     """Lay `top` over `base`, in place: mappings join, anything else replaces."""
     base.problems.extend(top.problems)
-    _merge(base.mapping, base.sources, top.mapping, top.sources, ())
+    below: dict[KeyPath, Sources] = {}
+    for path, source in top.sources.items():
+        for length in range(1, len(path) + 1):
+            below.setdefault(path[:length], {})[path] = source
+    _merge(base.mapping, base.sources, top.mapping, below, ())
 
 
 def _merge(
-    below: dict[str, Any], sources: Sources, above: dict[str, Any], new_sources: Sources, path: KeyPath
+    below: dict[str, Any],
+    sources: Sources,
+    above: dict[str, Any],
+    sources_below: dict[KeyPath, Sources],
+    path: KeyPath,
 ) -> None:
     for key, value in above.items():
         here = (*path, key)
         old = below.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            _merge(old, sources, value, new_sources, here)
+            _merge(old, sources, value, sources_below, here)
             continue
-        _forget(sources, here)
+        if key in below:
+            _forget(sources, here)
         below[key] = value
-        sources.update({p: s for p, s in new_sources.items() if p[: len(here)] == here})
+        sources.update(sources_below.get(here, {}))
 
 
 def _forget(sources: Sources, path: KeyPath) -> None:

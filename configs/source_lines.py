@@ -16,7 +16,8 @@ import yaml
 from configs.problems import KeyPath, Problem, ProblemsFound, Source
 
 MAX_DEPTH = 32
-MAX_VALUES = 20_000
+MAX_VALUES = 2_000
+MAX_FILE_BYTES = 1 << 20
 MAX_INTEGER_DIGITS = 40
 
 SCALARS: tuple[tuple[str, str, str], ...] = (
@@ -36,6 +37,22 @@ class ConfigYamlLoader(yaml.SafeLoader):
     """The safe loader with the scalar rules above; used to compose nodes, never to construct objects."""
 
     yaml_implicit_resolvers = {}
+    num_nodes = 0
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose as usual, but no more nodes than a configuration may have: the rest is not even parsed."""
+        self.num_nodes += 1
+        if self.num_nodes > 2 * MAX_VALUES or self.depth > 2 * MAX_DEPTH:  # keys are nodes as well
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MAX_VALUES} values or {MAX_DEPTH} levels; a configuration has some "
+                "hundreds, so look for a list that belongs into a data file",
+                problem_mark=None if parent is None else parent.start_mark,
+            )
+        self.depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class ConfigYamlDumper(yaml.SafeDumper):
@@ -64,7 +81,7 @@ def read_yaml_file(path: Path) -> SourceTree:
     Smaller faults (a key written twice, a foreign tag) are collected in `problems` beside the values.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_bounded(path)
     except FileNotFoundError as exc:
         raise _unreadable(path, "no such file; check the path") from exc
     except IsADirectoryError as exc:
@@ -81,6 +98,8 @@ def read_yaml_file(path: Path) -> SourceTree:
 
 def parse_yaml(text: str, file: str, *, line_numbers: bool = True) -> SourceTree:
     """Parse YAML text; an empty document is an empty mapping, a top-level scalar stays one."""
+    if len(text) > MAX_FILE_BYTES:
+        raise ProblemsFound([Problem(message="is too long for a value", source=Source(file=file, line=0))])
     try:
         node = yaml.compose(text, Loader=ConfigYamlLoader)
     except yaml.MarkedYAMLError as exc:
@@ -99,6 +118,14 @@ def parse_yaml(text: str, file: str, *, line_numbers: bool = True) -> SourceTree
     if node is not None:
         builder.tree.mapping = builder.value(node, ())
     return builder.tree
+
+
+def _read_bounded(path: Path) -> str:
+    with path.open("rb") as file:
+        raw = file.read(MAX_FILE_BYTES + 1)
+    if len(raw) > MAX_FILE_BYTES:
+        raise _unreadable(path, f"is larger than {MAX_FILE_BYTES} bytes; a configuration has some thousands")
+    return raw.decode("utf-8")
 
 
 def _unreadable(path: Path, reason: str) -> ProblemsFound:

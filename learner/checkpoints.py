@@ -7,6 +7,7 @@ executes nothing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from broker_schemas.errors import RunStopped
+from learner.checksums import verify_checksums, write_checksums
 from learner.distributed import Ranks
 from learner.sharding import like_part, local_part
 from learner.trained_weights import TrainedWeights
@@ -36,7 +38,8 @@ class TrainerState:
     """Where a run stands. ``optimizer_step``: steps done, so the number of the next one.
 
     ``dataset_position``: ground-truth places passed. ``best_f1``, ``best_step`` (steps done then) and
-    ``evaluations_since_best`` serve early stopping; -1 before the first evaluation.
+    ``evaluations_since_best`` serve early stopping; -1 before the first evaluation. ``run_id``: whose
+    checkpoint it is, empty where nobody said.
     """
 
     optimizer_step: int
@@ -46,6 +49,7 @@ class TrainerState:
     best_step: int = -1
     evaluations_since_best: int = 0
     totals: dict[str, float] = field(default_factory=dict)
+    run_id: str = ""
 
 
 def write_checkpoint(
@@ -89,6 +93,7 @@ def write_checkpoint(
                     (parent / f".part-{final.name}-{rank}").replace(staging / optimizer_file(rank))
             body = {"format": FORMAT, **asdict(state)}
             (staging / _STATE_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+            write_checksums(staging)
         keep_last(parent, PREFIX, num_kept, also=state.best_step)
 
     ranks.wait_for_first(write, what=f"writing of {final.name}")
@@ -113,16 +118,36 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
     path = checkpoint / _STATE_FILE
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(body, dict):
+            raise TypeError(f"got {type(body).__name__}, expected a map")
         found = body.pop("format")
         if found != FORMAT:
             raise RunStopped(
                 f"{path}: got format {found}, expected {FORMAT}; use the rollstream that wrote it"
             )
-        return TrainerState(**body)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+        state = TrainerState(**body)
+        _check_values(state, checkpoint)
+        return state
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise RunStopped(
             f"{path}: not a trainer state ({exc}); remove this checkpoint to resume from the one before"
         ) from exc
+
+
+def _check_values(state: TrainerState, checkpoint: Path) -> None:
+    """Raise ValueError naming the first value that no run could have."""
+    for name in ("optimizer_step", "policy_version", "dataset_position", "evaluations_since_best"):
+        value = getattr(state, name)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{name}: got {value!r}, expected a whole number of 0 or more")
+    totals = state.totals.items() if isinstance(state.totals, dict) else [("totals", None)]
+    for name, value in (("best_f1", state.best_f1), *totals):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    if not isinstance(state.run_id, str):
+        raise ValueError(f"run_id: got {state.run_id!r}, expected text")
+    if checkpoint.name.startswith(PREFIX) and checkpoint.name != f"{PREFIX}{state.optimizer_step}":
+        raise ValueError(f"optimizer_step: got {state.optimizer_step} in {checkpoint.name}")
 
 
 def restore_checkpoint(
@@ -133,6 +158,7 @@ def restore_checkpoint(
     Raises RunStopped naming the file and what does not fit.
     """
     state = read_trainer_state(checkpoint)
+    verify_checksums(checkpoint)
     load_weights(checkpoint, trained)
     load_optimizer_tensors(
         _read_tensors(checkpoint / optimizer_file(rank if trained.is_sharded else 0)), trained, optimizer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class LearnerParts:
 
     ``log``, ``evaluation_log`` and ``evaluate`` are used on rank 0 alone and may be None elsewhere.
     ``sync_servers`` is called on rank 0 with a policy version and its folder before that version is
-    published. ``on_step`` is called on rank 0 with each row of the training log, for a progress display.
+    published. ``confirm`` is called on rank 0 before files are written; it raises PlaceTaken once another
+    learner has this run. ``on_step`` is called on rank 0 with each row of the training log.
     """
 
     model: Any
@@ -47,6 +49,7 @@ class LearnerParts:
     evaluate: Evaluate | None = None
     sync_servers: SyncServers | None = None
     on_step: Callable[[LogRow], None] = lambda row: None
+    confirm: Callable[[], None] = lambda: None
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
 
@@ -80,12 +83,21 @@ class Milestones:
             return TrainerState(optimizer_step=0)
         path = self._settings.checkpoints_dir / name
         state = checkpoints.restore_checkpoint(path, self._trained, self._optimizer, self._ranks.rank)
+        self._check_owner(path, state)
         self._covered_step = state.optimizer_step
         if self._ranks.is_first:
             # a kill between writing a checkpoint and settling it left the claims open
             self._broker.settle_checkpoint(optimizer_step=state.optimizer_step)
         LOG.info("resumed from %s at optimizer step %d", path, state.optimizer_step)
         return state
+
+    def _check_owner(self, path: Path, state: TrainerState) -> None:
+        ours = self._settings.run_id
+        if state.run_id and ours and state.run_id != ours:
+            raise RunStopped(
+                f"{path}: a checkpoint of run {state.run_id}, expected one of this run, {ours}; take it out "
+                "of this folder, or start from its weights with model.name_or_path"
+            )
 
     def publish_if_due(self, state: TrainerState) -> None:
         """Publish after each ``sync_every_steps`` steps [V-6]."""
@@ -104,6 +116,7 @@ class Milestones:
 
         def write() -> None:
             started = self._parts.clock()
+            self._parts.confirm()
             path = weights.publish_weights(
                 settings.policy_dir,
                 trained=self._trained,
@@ -177,12 +190,14 @@ class Milestones:
         done = state.optimizer_step
         if done == self._covered_step:
             return
+        if self._ranks.is_first:
+            self._parts.confirm()
         started = self._parts.clock()
         checkpoints.write_checkpoint(
             self._settings.checkpoints_dir,
             trained=self._trained,
             optimizer=self._optimizer,
-            state=state,
+            state=replace(state, run_id=self._settings.run_id),
             companions=self._settings.companions,
             num_kept=self._settings.num_checkpoints_kept,
             ranks=self._ranks,

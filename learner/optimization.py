@@ -21,6 +21,8 @@ class OptimizationSettings:
     """``learning_rate``: its peak. ``warmup_steps``: optimizer steps of linear rise. ``schedule``: what
     follows.
 
+    ``max_steps_course``: (from this step on, max_steps) of a run that was made longer or shorter on its way:
+    each step follows the one that was in force at it; empty: ``max_steps`` throughout.
     ``max_steps``: where ``cosine`` and ``linear`` reach ``smallest_fraction`` of the peak.
     ``max_grad_norm``: clipping of the global gradient norm, 0 for none. ``part_rates``: peaks of parts of the
     model with one of their own, which follow the same course.
@@ -34,6 +36,7 @@ class OptimizationSettings:
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     max_steps: int = 1000
+    max_steps_course: tuple[tuple[int, int], ...] = ()
     smallest_fraction: float = 0.0
     max_grad_norm: float = 1.0
     part_rates: Mapping[Part, float] = field(default_factory=dict)
@@ -53,7 +56,7 @@ def learning_rate_at(optimizer_step: int, settings: OptimizationSettings) -> flo
     """
     if optimizer_step < settings.warmup_steps:
         return settings.learning_rate * (optimizer_step + 1) / settings.warmup_steps
-    decay_steps = max(settings.max_steps - settings.warmup_steps, 1)
+    decay_steps = max(_max_steps_at(optimizer_step, settings) - settings.warmup_steps, 1)
     progress = min((optimizer_step - settings.warmup_steps) / decay_steps, 1.0)
     falling = {
         "constant": 1.0,
@@ -63,6 +66,11 @@ def learning_rate_at(optimizer_step: int, settings: OptimizationSettings) -> flo
     if settings.schedule == "constant":
         return settings.learning_rate
     return settings.learning_rate * (settings.smallest_fraction + (1 - settings.smallest_fraction) * falling)
+
+
+def _max_steps_at(optimizer_step: int, settings: OptimizationSettings) -> int:
+    in_force = [max_steps for since, max_steps in settings.max_steps_course if since <= optimizer_step]
+    return in_force[-1] if in_force else settings.max_steps
 
 
 def build_optimizer(

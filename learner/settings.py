@@ -34,6 +34,7 @@ class LearnerSettings:
     packs. ``row_capacity_tokens``: the packing length. ``save_every_steps``, ``eval_every_steps``:
     optimizer steps, 0 only at the end and never. ``evaluation_timeout_s``: how long the other ranks wait
     for rank 0's evaluation.
+    ``run_id``: who the run is, written into its checkpoints.
     ``publication_dtype``: format of published weights, None as the model computes.
     ``num_rollouts_in_step``: the segments of every B step where its packs are trained as they fill [S-8];
     None where a step is trained when it is claimed.
@@ -64,3 +65,4 @@ class LearnerSettings:
     is_checkpointing_activations: bool = False
     num_rollouts_in_step: int | None = None
     early_stop: EarlyStopSettings = EarlyStopSettings()
+    run_id: str = ""

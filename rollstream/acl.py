@@ -45,6 +45,7 @@ CONSUME: Final = "xack xautoclaim xreadgroup xinfo|consumers xgroup|delconsumer"
 CONNECT: Final = (
     Grant(commands="ping info select echo client|setname client|id script|load"),
     Grant(commands="xgroup|create", writes="segments matched"),
+    Grant(commands="hget", reads="identity"),
 )
 RQ: Final = Grant(
     commands=(
@@ -57,6 +58,14 @@ RQ: Final = Grant(
     elsewhere="rq:*",
     channels="rq:pubsub:*",
 )
+IDENTITY: Final = Grant(commands=f"{CALL} time hget hmget hset xadd", writes="events counters identity")
+
+
+def _place(role: str) -> Grant:
+    """Return the right to hold the one place of a role, and to have it looked at in every script."""
+    return Grant(commands=f"{CALL} time hmget hset xadd", writes=f"events counters lease:{role}")
+
+
 POLICY: Final = Grant(commands="hgetall", reads="policy")
 SERVER_LOCK: Final = Grant(commands=f"{CALL} set get del pexpire pttl", writes="server_lock:*")
 SERVER_SLOTS: Final = Grant(
@@ -64,6 +73,7 @@ SERVER_SLOTS: Final = Grant(
 )
 GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "dispatcher": (
+        _place("dispatcher"),
         Grant(
             commands=f"{CALL} time exists hget hmget hset hincrby hdel del zadd zrem zrangebyscore xadd",
             writes="events counters requests dispatch request:*",
@@ -96,6 +106,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         POLICY,
     ),
     "packer": (
+        _place("packer"),
         Grant(
             commands=(
                 f"{CALL} {CONSUME} hexists hget hincrby hset strlen unlink zadd zrem "
@@ -108,6 +119,8 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         STATUS,
     ),
     "learner": (
+        _place("learner"),
+        IDENTITY,
         Grant(
             commands=(
                 f"{CALL} time del exists hdel hexists hget hgetall hincrby hset hsetnx mget strlen unlink "
@@ -121,6 +134,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         SERVER_LOCK,
     ),
     "archive": (
+        _place("archive"),
         Grant(
             commands=f"{CALL} hget hset xlen xrange xread xrevrange xtrim",
             writes="events counters archive",

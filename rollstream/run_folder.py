@@ -48,6 +48,10 @@ class RunFolder:
         return self.path / "resolved.yaml"
 
     @property
+    def identity(self) -> Path:
+        return self.path / "identity.json"
+
+    @property
     def logs_dir(self) -> Path:
         return self.path / "logs"
 
@@ -123,6 +127,10 @@ class RunFolder:
     def replay_spec(self) -> Path:
         """What a replay's ranks read; only a replay's own folder has it."""
         return self.path / "replay.json"
+
+    @property
+    def learner_lock(self) -> Path:
+        return self.path / "learner.lock"
 
     @property
     def stack_lock(self) -> Path:

@@ -1,4 +1,6 @@
-"""One stack per run folder: a lock that the kernel releases however its holder ends."""
+"""One stack, and one learner without a broker, per run folder: locks that the kernel releases at the end of
+their holder.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ class StackLock:
         self._handle = handle
 
     @classmethod
-    def acquire(cls, folder: Path) -> StackLock:
+    def acquire(cls, folder: Path, *, of_learner: bool = False) -> StackLock:
         """Lock an existing run folder; raises ConfigError naming the process that uses it."""
-        path = RunFolder(folder).stack_lock
+        run, user = RunFolder(folder), "learner" if of_learner else "stack"
+        path = run.learner_lock if of_learner else run.stack_lock
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -27,7 +30,7 @@ class StackLock:
             holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
             os.close(handle)
             raise ConfigError(
-                f"run folder {folder}: in use by another stack, process {holder}; wait until it is done, "
+                f"run folder {folder}: in use by another {user}, process {holder}; wait until it is done, "
                 f"stop it (kill {holder}), or give this run a name of its own (--set run.name=...)"
             ) from None
         os.ftruncate(handle, 0)

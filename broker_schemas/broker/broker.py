@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import redis
@@ -19,6 +19,14 @@ from broker_schemas.broker.keys import MATCHER_GROUP, PACKER_GROUP, RunKeys
 from broker_schemas.broker.script_library import Argument, run_script
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fence:
+    """The place that a caller holds: its scripts are refused once another holds it with a greater token."""
+
+    role: str
+    token: int
+
+
 @dataclass(frozen=True)
 class Broker:
     """A connected run. Safe to share between threads, not between processes."""
@@ -26,6 +34,7 @@ class Broker:
     client: redis.Redis
     keys: RunKeys
     address: BrokerAddress = field(default_factory=lambda: BrokerAddress(url=""))
+    fence: Fence | None = None
 
     @classmethod
     def connect(cls, run: str, address: BrokerAddress, *, socket_timeout_s: float = 30.0) -> Broker:
@@ -57,10 +66,20 @@ class Broker:
     ) -> Any:
         """Call a transition on ``events``, ``counters`` and ``named_keys``; raises BrokerError.
 
+        Raises PlaceTaken, with nothing changed, where this broker is fenced and another took the place.
         ``bodies`` are pairs (key, bytes) that it finds in the broker, put there just before it.
         """
         keys = [self.keys.named(name) for name in ("events", "counters", *named_keys)]
-        return run_script(self.client, script, keys, [self.keys.prefix, *arguments], bodies)
+        return run_script(self.client, script, keys, [self._prefix, *arguments], bodies)
+
+    def fenced(self, fence: Fence) -> Broker:
+        """Return the same broker for the holder of a place."""
+        return replace(self, fence=fence)
+
+    @property
+    def _prefix(self) -> str:
+        prefix, fence = self.keys.prefix, self.fence
+        return prefix if fence is None else f"{prefix}\n{fence.role} {fence.token}"
 
     def close(self) -> None:
         self.client.close()

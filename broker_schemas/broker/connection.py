@@ -13,7 +13,14 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused, BrokerUnavailable, GroupGone
+from broker_schemas.errors import (
+    BrokerError,
+    BrokerFull,
+    BrokerRefused,
+    BrokerUnavailable,
+    GroupGone,
+    PlaceTaken,
+)
 
 LOWEST_SERVER: Final = (6, 2, 0)
 READ_BYTES: Final = 1 << 18
@@ -135,8 +142,10 @@ def broker_errors(doing: str) -> Iterator[None]:
         raise BrokerError(f"{doing}: {type(exc).__name__}: {exc}") from exc
 
 
-def _from_response(doing: str, exc: redis.exceptions.ResponseError) -> BrokerError:
+def _from_response(doing: str, exc: redis.exceptions.ResponseError) -> BrokerError | PlaceTaken:
     text = str(exc)
+    if "FENCED" in text:
+        return PlaceTaken(f"{doing}: {text.partition('FENCED ')[2]}; nothing more is written here")
     if "NOAUTH" in text or "WRONGPASS" in text or "Authentication required" in text:
         return BrokerRefused(f"{doing}: the broker wants a password ({text}); set it in the environment")
     if "OOM" in text:

@@ -234,7 +234,7 @@ def _reissued(ledger: Ledger, event: LogEvent) -> None:
 
 
 def _noted(ledger: Ledger, event: LogEvent) -> None:
-    """Steps opened and sealed change nothing of a rollout."""
+    """Steps opened and sealed, settings and leases change nothing of a rollout."""
 
 
 HANDLERS: Final[dict[str, Callable[[Ledger, LogEvent], None]]] = {
@@ -248,6 +248,9 @@ HANDLERS: Final[dict[str, Callable[[Ledger, LogEvent], None]]] = {
     "dropped": _dropped,
     "packed": _packed,
     "sealed": _noted,
+    "run_adopted": _noted,
+    "settings_changed": _noted,
+    "lease_taken": _noted,
     "step_opened": _noted,
     "claimed": _claimed,
     "committed": _committed,

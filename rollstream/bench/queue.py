@@ -6,7 +6,6 @@ Owns the report; the measurements are in ``queue_processes``, ``queue_throughput
 from __future__ import annotations
 
 import random
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,11 +121,8 @@ def run_queue_bench(seed: int = 0, quick: bool = False) -> QueueBenchReport:
 
 @contextmanager
 def _server() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="rollstream-bench-") as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        server = EmbeddedRedis.start(Path(folder), durability="none", port=port)
+    with tempfile.TemporaryDirectory(prefix="rollstream-bench-") as folder:
+        server = EmbeddedRedis.start(Path(folder), durability="none")
         try:
             yield server.url
         finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,10 +29,20 @@ DISK_PAUSE_S: Final = 2.0
 
 
 class ArchiveWriter:
-    """Follows the log of one run; safe to stop and start at any point."""
+    """Follows the log of one run; safe to stop and start at any point.
 
-    def __init__(self, broker: Broker, folder: Path, metrics: ArchiveMetrics | None = None) -> None:
+    ``confirm`` is called before files are written; it raises PlaceTaken once another writes them.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        folder: Path,
+        metrics: ArchiveMetrics | None = None,
+        confirm: Callable[[], object] = lambda: None,
+    ) -> None:
         self._broker = broker
+        self._confirm = confirm
         self._metrics = metrics or ArchiveMetrics(CollectorRegistry())
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -65,7 +75,9 @@ class ArchiveWriter:
         events = follow_events(self._broker, self.cursor, block_ms=block_ms)
         if not events:
             return 0
-        self._payloads.append(self._payload_frames(events))
+        payloads = self._payload_frames(events)
+        self._confirm()
+        self._payloads.append(payloads)
         self._events.append(self._event_frames(events))
         self.cursor = events[-1].event_id
         self._advance()

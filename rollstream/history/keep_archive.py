@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from broker_schemas.broker.lease import holding
 from configs import RunConfig
 from rollstream.history.archive import ArchiveWriter
 from rollstream.history.archive_metrics import ArchiveMetrics
@@ -13,9 +14,13 @@ def run_archive(config: RunConfig, index: int) -> None:
     stop = access.stop_on_signals()
     broker = access.open_broker(config)
     metrics = ArchiveMetrics(access.start_metrics(config, "archive", index))
-    writer = ArchiveWriter(broker, access.run_folder(config).archive_dir, metrics)
     try:
-        writer.loop(stop)
+        with holding(broker, "archive", on_loss=stop.set) as (held, lease):
+            folder = access.run_folder(config).archive_dir
+            writer = ArchiveWriter(held, folder, metrics, confirm=lease.keep)
+            try:
+                writer.loop(stop)
+            finally:
+                writer.close()
     finally:
-        writer.close()
         broker.close()

@@ -137,6 +137,8 @@ def _write_spec(run: RunFolder, folder: RunFolder, steps: StepRange, options: Re
     elif (start := run.policy_version_dir(0)).is_dir():
         # the folder that the configuration names may hold another model by now
         overrides = (*overrides, f"model.name_or_path={start}")
+    if run.identity.exists():
+        shutil.copyfile(run.identity, folder.identity)
     spec = ReplaySpec(
         resolved_config=str(run.resolved_config),
         archive=str(run.archive_dir),

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import quote
 
 import redis
 
 from broker_schemas.errors import BrokerUnavailable, ConfigError
+from rollstream.stack.private_socket import private_socket
 
 START_DEADLINE_S: Final = 30.0
 Durability = Literal["always", "everysec", "none"]
@@ -34,9 +36,14 @@ def find_redis_server() -> str:
     return found
 
 
+def socket_url(socket: Path) -> str:
+    """Return the URL of a server on a unix socket."""
+    return f"unix://{quote(str(socket))}"
+
+
 @dataclass
 class EmbeddedRedis:
-    """A running server. ``url`` reaches it from this machine only: loopback, a port that was free."""
+    """A running server. ``url`` reaches it for this user of this machine alone: it listens on no port."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -44,17 +51,18 @@ class EmbeddedRedis:
 
     @classmethod
     def start(
-        cls, folder: Path, *, durability: Durability, port: int, command_prefix: Sequence[str] = ()
+        cls, folder: Path, *, durability: Durability, command_prefix: Sequence[str] = ()
     ) -> EmbeddedRedis:
         """Start a server in ``folder`` and wait until it answers; raises BrokerUnavailable.
 
         ``command_prefix`` is a program that becomes the server, such as one that binds it to its parent.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        socket = private_socket(folder)
         log_path = folder / "redis.log"
         command = [
             *(*command_prefix, find_redis_server()),
-            *("--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder.resolve())),
+            *("--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"),
+            *("--dir", str(folder.resolve())),
             *("--appendonly", "no" if durability == "none" else "yes", "--save", ""),
             *("--appendfsync", "everysec" if durability == "none" else durability),
             *("--maxmemory-policy", "noeviction"),
@@ -62,7 +70,7 @@ class EmbeddedRedis:
         with log_path.open("ab") as log:
             # a session of its own: Ctrl-C reaches us, and we stop the broker last
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        server = cls(process, f"redis://127.0.0.1:{port}/0", log_path)
+        server = cls(process, socket_url(socket), log_path)
         try:
             server._wait_until_ready()
         except BaseException:

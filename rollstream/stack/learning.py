@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker_schemas.errors import ConfigError
-from configs import RunConfig, load_config, show
+from configs import RunConfig, load_config
 from learner.stop_request import StopRequest
 from learner.train_loop import STOP_REQUESTED, LearnerOutcome
 from rollstream.models.run_model import make_described_model
 from rollstream.stack.learn_progress import closing_lines, opening_lines, step_progress
 from rollstream.wiring import access
+from rollstream.wiring.access import needs_broker
+from rollstream.wiring.identity import adopt_on_broker, settle_identity
 from rollstream.wiring.package_paths import safe_environment
 from rollstream.wiring.trainable import describe_untrainable, find_untrainable, write_untrainable
 
@@ -38,6 +40,7 @@ def learn_or_spawn(path: Path, overrides: Sequence[str]) -> int:
         return 0
     make_described_model(config)
     leave_out_untrainable(config)
+    prepare_run(config)
     _say(opening_lines(config))
     status = _spawn(config, path, overrides) if config.learner_world_size > 1 else _run_here(config, 0)
     if status == 0:
@@ -72,13 +75,20 @@ def leave_out_untrainable(config: RunConfig) -> None:
 
 
 def prepare_run(config: RunConfig) -> None:
-    """Make the run folder with its resolved configuration, once."""
-    folder = access.run_folder(config)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    """Make the run folder with the run's identity, or find that it goes on as it began; tell the broker.
+
+    Raises ConfigError where it would have another past, or where the broker holds another run of its name.
+    """
+    access.run_folder(config).path.mkdir(parents=True, exist_ok=True)
     if os.environ.get("RANK", "0") != "0":
         return
-    if not folder.resolved_config.exists():
-        folder.resolved_config.write_text(show.resolved_yaml(config), encoding="utf-8")
+    identity = settle_identity(config)
+    if needs_broker(config):
+        broker = access.open_broker(config)
+        try:
+            adopt_on_broker(config, broker, identity)
+        finally:
+            broker.close()
 
 
 def check_one_node(config: RunConfig) -> None:

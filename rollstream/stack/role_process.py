@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from rollstream.stack.bound_process import bound_command
-from rollstream.stack.embedded_redis import Durability, EmbeddedRedis
+from rollstream.stack.embedded_redis import Durability, EmbeddedRedis, socket_url
+from rollstream.stack.private_socket import private_socket
 from rollstream.stack.process_tree import children, kill_tree, send_signal
 
 LOG_TAIL_BYTES = 32_768
@@ -111,12 +112,11 @@ class RoleProcess:
 
 
 class BrokerProcess:
-    """The embedded Redis of the stack, on one port for its whole life: the roles know its URL."""
+    """The embedded Redis of the stack, on one socket for its whole life: the roles know its URL."""
 
-    def __init__(self, folder: Path, *, durability: Durability, port: int) -> None:
+    def __init__(self, folder: Path, *, durability: Durability) -> None:
         self._folder = folder
         self._durability: Durability = durability
-        self._port = port
         self._server: EmbeddedRedis | None = None
         self._log_start_bytes = 0
 
@@ -126,7 +126,7 @@ class BrokerProcess:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self._port}/0"
+        return socket_url(private_socket(self._folder))
 
     @property
     def pid(self) -> int | None:
@@ -140,7 +140,6 @@ class BrokerProcess:
         self._server = EmbeddedRedis.start(
             self._folder,
             durability=self._durability,
-            port=self._port,
             command_prefix=bound_command([], parent_pid=os.getpid()),
         )
 

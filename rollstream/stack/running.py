@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,10 +17,8 @@ from rich.console import Console
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, open_redis
 from broker_schemas.broker.keys import RunKeys
-from broker_schemas.errors import BrokerUnavailable
+from broker_schemas.records.identity import RunIdentity
 from configs import RunConfig, load_config
-from configs.show import resolved_yaml
-from rollstream.run_folder import RunFolder
 from rollstream.run_lock import StackLock
 from rollstream.stack.monitor import BrokerWatch, Monitor
 from rollstream.stack.plan import (
@@ -34,7 +31,6 @@ from rollstream.stack.plan import (
     role_command,
     role_environment,
 )
-from rollstream.stack.ports_in_use import free_loopback_port
 from rollstream.stack.preflight import check_inputs
 from rollstream.stack.restart_policy import RestartSettings
 from rollstream.stack.role_process import BrokerProcess, RoleProcess
@@ -44,11 +40,11 @@ from rollstream.stack.supervisor import Member, StackResult, Supervisor
 from rollstream.stack.view import StackView
 from rollstream.staged_folder import write_atomically
 from rollstream.wiring import access
+from rollstream.wiring.identity import adopt_on_broker, settle_identity
 from rollstream.wiring.trainable import describe_untrainable, write_untrainable
 
 __all__ = ["StackOptions", "StackResult", "run_stack"]
 SIGNAL_BASE: Final = 128
-PORT_TRIES: Final = 3
 MOVED_STATUS: Final = 3
 
 
@@ -96,7 +92,7 @@ def run_stack(
     folder.path.mkdir(parents=True, exist_ok=True)
     lock = StackLock.acquire(folder.path)
     try:
-        write_atomically(folder.resolved_config, resolved_yaml(config))
+        identity = settle_identity(config)
         write_untrainable(config, untrainable)
         for line in describe_untrainable(untrainable):
             (options.console or Console()).print(line, markup=False, soft_wrap=True)
@@ -104,7 +100,7 @@ def run_stack(
             config_path=config_path, overrides=overrides, learner_world_size=config.learner_world_size
         )
         write_targets(config)
-        return _LocalStack(config, folder, lock, launch, role_command, options, restarts).run()
+        return _LocalStack(config, identity, lock, launch, role_command, options, restarts).run()
     finally:
         remove_targets(config)
         lock.release()
@@ -116,7 +112,7 @@ class _LocalStack:
     def __init__(
         self,
         config: RunConfig,
-        folder: RunFolder,
+        identity: RunIdentity,
         lock: StackLock,
         launch: LaunchSettings,
         role_command: RoleCommand,
@@ -125,7 +121,8 @@ class _LocalStack:
     ) -> None:
         self._restarts = restarts
         self._config = config
-        self._folder = folder
+        self._identity = identity
+        self._folder = access.run_folder(config)
         self._lock = lock
         self._launch = launch
         self._role_command = role_command
@@ -143,28 +140,17 @@ class _LocalStack:
             finally:
                 if broker is not None:
                     broker.kill()
-                    # nobody may take the next server on this port for ours
                     self._folder.broker.unlink(missing_ok=True)
 
     def _start_broker(self) -> BrokerProcess:
-        """Start the embedded server; another process may take the port first, so try a few."""
-        for _ in range(PORT_TRIES - 1):
-            broker = self._new_broker()
-            with suppress(BrokerUnavailable):
-                broker.start()
-                return broker
-        broker = self._new_broker()
+        broker = BrokerProcess(self._folder.redis_dir, durability=self._config.broker.durability)
         broker.start()
         return broker
-
-    def _new_broker(self) -> BrokerProcess:
-        return BrokerProcess(
-            self._folder.redis_dir, durability=self._config.broker.durability, port=free_loopback_port()
-        )
 
     def _run_members(self, broker: BrokerProcess | None, signals: StopSignals) -> StackResult:
         address = self._address(broker)
         self._write_broker_file(address, broker)
+        self._adopt(address)
         members = self._members(address, broker)
         monitor = self._monitor(address, members, is_own_server=broker is not None)
         view = StackView(
@@ -215,6 +201,14 @@ class _LocalStack:
     def _write_broker_file(self, address: BrokerAddress, broker: BrokerProcess | None) -> None:
         content = {"url": address.shown, "pid": broker.pid if broker is not None else None}
         write_atomically(self._folder.broker, json.dumps(content) + "\n")
+
+    def _adopt(self, address: BrokerAddress) -> None:
+        """Tell the broker whose run it holds; raises ConfigError where it holds another of this name."""
+        broker = Broker.connect(self._config.run.name, address)
+        try:
+            adopt_on_broker(self._config, broker, self._identity)
+        finally:
+            broker.close()
 
     def _members(self, address: BrokerAddress, broker: BrokerProcess | None) -> list[Member]:
         launch = self._launch

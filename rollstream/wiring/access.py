@@ -14,12 +14,15 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, check_server, check_takes_jobs, open_redis
+from broker_schemas.broker.run_identity import read_deciding
 from broker_schemas.errors import ConfigError, DataError
 from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import resolve_model_dir
 from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.records.identity import refuse_another_past
 from configs import RunConfig
+from configs.deciding_values import split_values
 from rollstream.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -73,9 +76,23 @@ def _from_environment(name: str | None, key: str) -> str | None:
     return value
 
 
+def needs_broker(config: RunConfig) -> bool:
+    """Return whether the learner needs a queue: a run of A steps alone, without a broker, does not."""
+    return config.b_ratio > 0 or config.broker.url is not None
+
+
 def open_broker(config: RunConfig) -> Broker:
-    """Connect to the run's broker; raises BrokerError, ConfigError."""
-    return Broker.connect(config.run.name, broker_address(config))
+    """Connect to the run's broker; raises BrokerError, ConfigError.
+
+    A role that is configured for another past than that of the run which the broker holds is refused.
+    """
+    broker = Broker.connect(config.run.name, broker_address(config))
+    try:
+        refuse_another_past(read_deciding(broker), split_values(config)[0])
+    except ConfigError:
+        broker.close()
+        raise
+    return broker
 
 
 def jobs_address(config: RunConfig) -> BrokerAddress:

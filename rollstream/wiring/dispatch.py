@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from broker_schemas.broker.lease import holding
 from broker_schemas.broker.rollout_requests import LeaseSettings
 from configs import RunConfig
 from producers.broken_jobs import BrokenJobs
@@ -57,21 +58,22 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
         stop.wait()
         return
     size = request_size(config)
-    dispatcher = Dispatcher(
-        broker,
-        rollout_queue(access.open_jobs(config, broker), broker.keys.rollout_queue, BrokenJobs(metrics)),
-        metrics,
-        DispatcherSettings(
-            world_size=config.learner_world_size,
-            num_samples=len(access.read_samples(config, config.data.train_jsonl)),
-            seed=config.run.seed,
-            request_size=size,
-            demand=demand_settings(config, size),
-            capacity_tokens=config.training.global_max_length,
-            start_segments_per_pack=float(config.training.per_device_train_batch_size),
-            lease=lease_settings(config),
-            job_timeout_s=config.producers.job_timeout_s,
-        ),
-    )
-    dispatcher.loop(stop)
+    with holding(broker, "dispatcher", on_loss=stop.set) as (held, _):
+        dispatcher = Dispatcher(
+            held,
+            rollout_queue(access.open_jobs(config, broker), broker.keys.rollout_queue, BrokenJobs(metrics)),
+            metrics,
+            DispatcherSettings(
+                world_size=config.learner_world_size,
+                num_samples=len(access.read_samples(config, config.data.train_jsonl)),
+                seed=config.run.seed,
+                request_size=size,
+                demand=demand_settings(config, size),
+                capacity_tokens=config.training.global_max_length,
+                start_segments_per_pack=float(config.training.per_device_train_batch_size),
+                lease=lease_settings(config),
+                job_timeout_s=config.producers.job_timeout_s,
+            ),
+        )
+        dispatcher.loop(stop)
     broker.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -15,10 +16,12 @@ from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import open_redis
 from broker_schemas.broker.keys import RunKeys
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
-from broker_schemas.errors import ConfigError
+from broker_schemas.broker.lease import Lease, holding
+from broker_schemas.errors import BrokerError, ConfigError
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import empty_policy, load_policy
 from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.records.identity import max_steps_course
 from configs import RunConfig
 from learner.attention import choose_attention, use_attention
 from learner.augmentation import AugmentationSettings
@@ -41,7 +44,9 @@ from learner.step_rows import RowSources
 from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome, LearnerParts, run_learner
 from learner.training_log import TrainingLog
+from rollstream.run_lock import StackLock
 from rollstream.wiring import access
+from rollstream.wiring.identity import read_identity
 from rollstream.wiring.vllm import rollout_chunk, server_sync
 
 LOG = logging.getLogger("rollstream.learner")
@@ -82,10 +87,23 @@ def optimization_settings(config: RunConfig) -> OptimizationSettings:
         warmup_steps=training.warmup_steps,
         schedule=training.lr_scheduler,
         max_steps=training.max_steps,
+        max_steps_course=max_steps_course_of(config),
         max_grad_norm=training.max_grad_norm,
         part_rates={part: rate for part, rate in rates if rate is not None},
         smallest_fraction=training.min_learning_rate / training.learning_rate,
     )
+
+
+def max_steps_course_of(config: RunConfig) -> tuple[tuple[int, int], ...]:
+    """Return the lengths that the run was given on its way, each from its first optimizer step on."""
+    identity = read_identity(access.run_folder(config))
+    return () if identity is None else max_steps_course(identity)
+
+
+def run_id_of(config: RunConfig) -> str:
+    """Return who the run is, "" before its folder says so."""
+    identity = read_identity(access.run_folder(config))
+    return "" if identity is None else identity.run_id
 
 
 def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettings:
@@ -117,6 +135,7 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         num_rollouts_in_step=training.effective_batch_size
         if config.variant == "stage2_ab_training"
         else None,
+        run_id=run_id_of(config),
         early_stop=EarlyStopSettings(
             metric=stop.metric.removeprefix("eval_rollout_"), target=stop.target, patience=stop.patience
         ),
@@ -214,8 +233,21 @@ def run_learner_rank(
     if rank == 0:
         rollout_chunk(config, wait_s=0.0)
     stop.follow_signals()
+    with learner_door(config, rank) as (door, confirm):
+        return _run_rank(config, door, confirm, stop, (rank, device), (evaluate, on_step))
+
+
+def _run_rank(
+    config: RunConfig,
+    door: LearnerBroker,
+    confirm: Callable[[], None],
+    stop: StopRequest,
+    place: tuple[int, torch.device],
+    listeners: tuple[Evaluate | None, Callable[[LogRow], None] | None],
+) -> LearnerOutcome:
+    rank, device = place
     broker = PatientBroker(
-        learner_broker(config),
+        door,
         stall_timeout_s=config.stage2_async.stall_timeout_s,
         clock=time.monotonic,
         pause=time.sleep,
@@ -230,7 +262,8 @@ def run_learner_rank(
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "0")),
     )
     try:
-        parts, settings = build_parts(config, ranks, broker, stop, evaluate, on_step)
+        parts, settings = build_parts(config, ranks, broker, stop, *listeners)
+        parts = replace(parts, confirm=confirm)
         try:
             return run_learner(parts, settings)
         finally:
@@ -242,13 +275,35 @@ def run_learner_rank(
         broker.close()
 
 
-def learner_broker(config: RunConfig) -> LearnerBroker:
-    """Return the door to the queue; a run of A steps alone, without a broker, needs none."""
-    if config.b_ratio == 0 and config.broker.url is None:
-        return GroundTruthOnlyBroker()
+@contextmanager
+def learner_door(config: RunConfig, rank: int) -> Iterator[tuple[LearnerBroker, Callable[[], None]]]:
+    """Yield the door to the queue, and what raises PlaceTaken once another learner took this one's place.
+
+    A run of A steps alone, without a broker, needs no queue: rank 0 locks its folder instead.
+    Raises ConfigError where another learner runs, naming it.
+    """
+    if not access.needs_broker(config):
+        lock = StackLock.acquire(access.run_folder(config).path, of_learner=True) if rank == 0 else None
+        try:
+            yield GroundTruthOnlyBroker(), lambda: None
+        finally:
+            if lock is not None:
+                lock.release()
+        return
     images = access.image_processor(config, access.model_dir(config), config.data.train_jsonl)
     settings = replace(claim_settings(config), processor_fingerprint=images.fingerprint)
-    return LearnerDoor(impatient_broker(config), settings)
+    broker = impatient_broker(config)
+    if rank != 0:
+        yield LearnerDoor(broker, settings), lambda: None
+        return
+    # the fence in every script ends a learner that lost its place; a stop request would have it write first
+    with holding(broker, "learner", on_loss=lambda: None) as (held, lease):
+        yield LearnerDoor(held, settings), lambda: _confirm(lease)
+
+
+def _confirm(lease: Lease) -> None:
+    with suppress(BrokerError):  # away: it cannot have given the place to another
+        lease.keep()
 
 
 def impatient_broker(config: RunConfig) -> Broker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from broker_schemas.broker.lease import holding
 from broker_schemas.broker.packer_door import PackerDoor
 from configs import RunConfig
 from consumers.metrics import PackerMetrics
@@ -93,5 +94,6 @@ def run_packer(config: RunConfig, index: int) -> None:
     stop = access.stop_on_signals()
     broker = access.open_broker(config)
     metrics = PackerMetrics(access.start_metrics(config, "pack", index))
-    build_packer(config, PackerDoor(broker), metrics).loop(stop)
+    with holding(broker, "packer", on_loss=stop.set) as (held, _):
+        build_packer(config, PackerDoor(held), metrics).loop(stop)
     broker.close()

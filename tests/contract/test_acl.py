@@ -17,17 +17,20 @@ from prometheus_client import CollectorRegistry
 from rq.serializers import JSONSerializer
 from typer.testing import CliRunner
 
-from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.broker import Broker, Fence
 from broker_schemas.broker.connection import BrokerAddress
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.lease import Lease, SoleRole
 from broker_schemas.broker.matcher_door import MatcherDoor
 from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
 from broker_schemas.broker.policy import publish_policy, read_policy
 from broker_schemas.broker.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
+from broker_schemas.broker.run_identity import adopt_run, read_deciding
 from broker_schemas.broker.script_library import script_source
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerRefused, ConfigError
+from broker_schemas.records.identity import RunIdentity
 from broker_schemas.records.packs import ReadyPack
 from broker_schemas.rollout_servers.server_lock import server_locks
 from producers import jobs
@@ -52,12 +55,15 @@ RUN: Final = "guarded"
 COARSE: Final = "before Redis 7 whoever may read a key may also write it"
 SERVANTS: Final = [role for role in ROLES if role != "operator"]
 SCRIPTS: Final[dict[Role, tuple[str, ...]]] = {
-    "dispatcher": ("issue_requests", "reissue_requests", "fail_request"),
+    "dispatcher": ("issue_requests", "reissue_requests", "fail_request", "hold_lease"),
     "producer": ("push_segments", "take_slots", "renew_request"),
     "matcher": ("commit_match", "reap_consumers"),
-    "packer": ("commit_pack", "drop_matched", "reap_consumers"),
-    "learner": ("open_step", "claim_step", "commit_step", "settle_checkpoint", "publish_policy"),
-    "archive": ("advance_archive",),
+    "packer": ("commit_pack", "drop_matched", "reap_consumers", "hold_lease"),
+    "learner": (
+        *("open_step", "claim_step", "commit_step", "settle_checkpoint", "publish_policy"),
+        *("adopt_identity", "hold_lease"),
+    ),
+    "archive": ("advance_archive", "hold_lease"),
 }
 OF_PRELUDE: Final = {
     "emit(": {"xadd"},
@@ -210,6 +216,25 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     assert audit.balanced, audit.faults
     assert brokers["operator"].client.config_get("appendfsync")
     assert collect(RUN, brokers["operator"]) > 0
+
+
+@pytest.mark.req("Q-18", "Q-19")
+def test_every_role_finds_the_runs_identity_and_holds_its_own_place_only(
+    brokers: dict[Role, Broker], tmp_path: Path
+) -> None:
+    identity = RunIdentity(run_id="a", deciding={"run.seed": "1"}, settings={})
+    adopt_run(brokers["learner"], identity, tmp_path, optimizer_step=0)
+    places: tuple[SoleRole, ...] = ("learner", "packer", "dispatcher", "archive")
+    for role in places:
+        lease = Lease.take(brokers[role], role)
+        lease.keep()
+        fenced = brokers[role].fenced(Fence(role=role, token=lease.token))
+        Lease(fenced, role, lease.token, 1000).keep()
+    for servant in SERVANTS:
+        assert read_deciding(brokers[servant]) == {"run.seed": "1"}
+    for role in ("producer", "matcher", "exporter"):
+        with pytest.raises(BrokerRefused):
+            Lease.take(brokers[role], "learner")
 
 
 def raw(broker: Broker, *command: str) -> Any:

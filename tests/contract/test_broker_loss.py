@@ -23,7 +23,6 @@ from rollstream.history.archive_loss import read_losses
 from rollstream.history.audit import Audit, WholeLog, take_audit
 from rollstream.history.audit_view import render_audit
 from rollstream.stack.embedded_redis import Durability, EmbeddedRedis
-from rollstream.stack.ports_in_use import free_loopback_port
 from tests.builders.rollouts import make_rollout
 
 LOG_FILE = "appendonly.aof"
@@ -31,11 +30,10 @@ LOG_FILE = "appendonly.aof"
 
 @dataclass
 class Crashing:
-    """A server on one port that is killed and started again; ``cut`` gives back an older append-only file."""
+    """A server that is killed and started again; ``cut`` gives back an older append-only file."""
 
     folder: Path
     durability: Durability
-    port: int
     server: EmbeddedRedis
 
     def connect(self, retries: int = 6) -> Broker:
@@ -53,7 +51,7 @@ class Crashing:
         for path, size in (cut or {}).items():
             with path.open("r+b") as file:
                 file.truncate(size)
-        self.server = EmbeddedRedis.start(self.folder, durability=self.durability, port=self.port)
+        self.server = EmbeddedRedis.start(self.folder, durability=self.durability)
 
 
 @pytest.fixture
@@ -61,9 +59,9 @@ def start_crashing(tmp_path: Path) -> Iterator[Callable[[Durability], Crashing]]
     started: list[Crashing] = []
 
     def start(durability: Durability) -> Crashing:
-        folder, port = tmp_path / "redis", free_loopback_port()
-        server = EmbeddedRedis.start(folder, durability=durability, port=port)
-        started.append(Crashing(folder, durability, port, server))
+        folder = tmp_path / "redis"
+        server = EmbeddedRedis.start(folder, durability=durability)
+        started.append(Crashing(folder, durability, server))
         return started[-1]
 
     yield start

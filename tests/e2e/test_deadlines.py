@@ -21,7 +21,6 @@ from broker_schemas.broker.status import read_status
 from broker_schemas.records.ledger import Ledger
 from rollstream.run_folder import RunFolder, read_json_lines
 from rollstream.stack.embedded_redis import EmbeddedRedis
-from rollstream.stack.ports_in_use import free_loopback_port
 from rollstream.stack.process_tree import kill_tree
 from tests.e2e.conftest import ROOT, Program
 from tests.e2e.killing import descendants_of
@@ -101,7 +100,7 @@ class RolesByHand:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    started = EmbeddedRedis.start(tmp_path / "redis", durability="none", port=free_loopback_port())
+    started = EmbeddedRedis.start(tmp_path / "redis", durability="none")
     yield started
     started.stop()
 

@@ -304,7 +304,7 @@ def test_a_broker_that_refuses_the_password_is_refused_without_showing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given a server with a password, and another one in the environment
-    server = EmbeddedRedis.start(tmp_path / "server", durability="none", port=free_loopback_port())
+    server = EmbeddedRedis.start(tmp_path / "server", durability="none")
     client = redis.Redis.from_url(server.url)
     client.config_set("requirepass", "right")
     client.close()

@@ -179,6 +179,64 @@ def test_a_broken_file_is_named(tmp_path: Path, companions: Path) -> None:
         read_trainer_state(path)
 
 
+WRONG_VALUES = ["null", "-5", "Infinity", "-Infinity", "NaN", "1.5", "true", '"6"', "[]", "{}"]
+
+
+@pytest.mark.req("Q-20")
+@pytest.mark.parametrize("value", WRONG_VALUES)
+@pytest.mark.parametrize("name", ["optimizer_step", "policy_version", "best_f1", "totals", "run_id"])
+def test_a_value_that_no_run_could_have_is_refused_by_name(
+    name: str, value: str, tmp_path: Path, companions: Path
+) -> None:
+    path = write(tmp_path / "run", companions) / "trainer_state.json"
+    body = json.loads(path.read_text())
+    allowed = {"best_f1": ("-5", "1.5"), "totals": ("{}",), "run_id": ('"6"',)}
+    if value in allowed.get(name, ()):
+        return
+    path.write_text(json.dumps(body | {name: "HERE"}).replace('"HERE"', value))
+
+    with pytest.raises(RunStopped, match=f"trainer_state.json: not a trainer state .*{name}"):
+        read_trainer_state(path.parent)
+
+
+@pytest.mark.req("Q-20")
+@pytest.mark.parametrize("text", ["[]", "3", "null", "", '{"format": 1}', "[" * 100_000])
+def test_what_is_no_trainer_state_is_refused(text: str, tmp_path: Path, companions: Path) -> None:
+    path = write(tmp_path / "run", companions) / "trainer_state.json"
+    path.write_text(text)
+
+    with pytest.raises(RunStopped, match=r"trainer_state\.json: not a trainer state"):
+        read_trainer_state(path.parent)
+
+
+@pytest.mark.req("Q-20")
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "random_state.safetensors"])
+@pytest.mark.parametrize("wrong", ["one bit", "shorter", "gone"])
+def test_one_flipped_bit_in_any_file_is_found_and_named(
+    name: str, wrong: str, tmp_path: Path, companions: Path
+) -> None:
+    path = write(tmp_path / "run", companions) / name
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 16
+    if wrong == "one bit":
+        path.write_bytes(raw)
+    elif wrong == "shorter":
+        path.write_bytes(raw[:-4])
+    else:
+        path.unlink()
+
+    with pytest.raises(RunStopped, match=name.replace(".", r"\.")):
+        restore_checkpoint(path.parent, *trained())
+
+
+@pytest.mark.req("Q-20")
+def test_a_checkpoint_from_before_checksums_is_still_read(tmp_path: Path, companions: Path) -> None:
+    path = write(tmp_path / "run", companions)
+    (path / "checksums.json").unlink()
+
+    restore_checkpoint(path, *trained())
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, companions: Path) -> None:
     path = write(tmp_path / "run", companions)
     model, optimizer = trained()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -215,6 +216,25 @@ def test_an_alias_bomb_is_refused_quickly(tmp_path: Path) -> None:
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
 
     assert "values; is an alias inside itself?" in refusal(tmp_path, "\n".join(lines))
+
+
+@pytest.mark.req("S-6")
+@pytest.mark.parametrize("text", ["xs: [" + "1," * 2_000_000 + "1]", "xs:\n" + "- 1\n" * 2_000_000])
+def test_a_huge_list_is_refused_before_it_is_parsed(tmp_path: Path, text: str) -> None:
+    """Given millions of items: the time is that of reading the file, with room for a busy machine."""
+    started = time.process_time()
+
+    refusal(tmp_path, text)
+
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.req("S-6")
+def test_a_list_within_the_files_limit_is_refused_at_its_first_thousands(tmp_path: Path) -> None:
+    started = time.process_time()
+
+    assert "more than 2000 values" in refusal(tmp_path, "xs: [" + "1," * 400_000 + "1]")
+    assert time.process_time() - started < 3
 
 
 def test_scalars_follow_yaml_1_2() -> None:

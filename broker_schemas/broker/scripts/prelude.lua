@@ -1,7 +1,8 @@
 -- Prepended to every script. Fixed places, so that each script reads the same:
 -- KEYS[1]  events    stream  the log; one entry a transition, field `type` first
 -- KEYS[2]  counters  hash    running sums of the log, so that nobody has to fold it to see a total
--- ARGV[1]  prefix    text    `{rollstream:<run>}:`, for the keys a script derives:
+-- ARGV[1]  prefix    text    `{rollstream:<run>}:`, for the keys a script derives; where its caller holds a place, then
+--                            "\n", the role, " " and its token: refused once lease:<role> has a greater one
 --   raw:<record id>      string   SegmentRecord body that a producer brought, with an expiry: nothing is decided yet
 --   body:<record id>     string   SegmentRecord body that push_segments admitted
 --   made:<record id>     string   MatchedSegment body that a matcher brought, with an expiry
@@ -12,6 +13,18 @@
 --   admitted             set      entry ids of `segments` that came through push_segments and are not committed
 -- Lists inside an event are lines: records parted by "\n", fields by "\t", ids by " ".
 local EVENTS, COUNTERS, PREFIX = KEYS[1], KEYS[2], ARGV[1]
+
+local fence_at = string.find(PREFIX, '\n', 1, true)
+if fence_at then
+  local role, token = string.match(PREFIX, '\n(%l+) (%d+)$')
+  PREFIX = string.sub(PREFIX, 1, fence_at - 1)
+  local held = redis.call('HMGET', PREFIX .. 'lease:' .. role, 'token', 'holder')
+  if held[1] and tonumber(held[1]) > tonumber(token) then
+    local host, pid = string.match(held[2] or '', '"host": "([^"]*)", "pid": (%d+)')
+    return redis.error_reply('FENCED the place of the ' .. role .. ' was taken by process ' .. (pid or '?') ..
+      ' on ' .. (host or 'an unknown host'))
+  end
+end
 
 local function emit(kind, ...)
   return redis.call('XADD', EVENTS, '*', 'type', kind, ...)
