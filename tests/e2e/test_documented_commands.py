@@ -220,7 +220,7 @@ def workspace(
     subprocess.run(["cp", "-r", str(ROOT / "configs"), str(path)], check=True)
     (path / "configs" / "demo.yaml").rename(path / "configs" / "shipped_demo.yaml")
     write_file(path / "configs", dict(SMALL), "demo.yaml")
-    write_file(path / "configs", {"extends": "demo.yaml", "run": {"name": "mine"}}, "mine.yaml")
+    write_file(path / "configs", {"extends": "demo.yaml", "run": {"name": "own"}}, "mine.yaml")
     write_file(path / "configs", {"extends": "demo.yaml", "run": {"name": "spread"}}, "spread.yaml")
     write_file(path, "blocks: [{product: {stage2_ab.schedule.b_ratio: [0]}}]\n", "grid.yaml")
     for folder, target in (("data/scenes", scenes), ("models/scenes_tiny", tiny_model)):
