@@ -108,10 +108,7 @@ def examine_model(config: RunConfig) -> Iterator[Finding]:
         folder = access.model_dir(config)
         prompts = access.prompt_builder(config, folder)
         sample_ruler(config)  # reads the image processor's file, without the libraries that run it
-<<<<<<< HEAD
         check_model_folder(folder)
-=======
->>>>>>> 39a0d2f (Look at the processor's file in the doctor without the libraries that run it)
     except (RollstreamError, OSError, ValueError) as exc:
         yield fail("model", str(exc), "correct model.name_or_path, or make a model: rollstream model adapt")
         return
