@@ -7,6 +7,8 @@ The first level says what a loop does with it::
     │   ├── MalformedRecord        bytes that are no record of ours, or content that cannot be
     │   ├── SchemaTooNew           written by a newer rollstream than this one
     │   ├── RecordTooLarge         over the size limit; never decoded
+    │   ├── LineDiffers            its line in the log says other than its body
+    │   ├── VersionUnknown         made by a policy version that was never published
     │   └── BodyMissing            its bytes are no longer in the broker
     ├── BrokerError            back off and retry
     │   ├── BrokerUnavailable      no connection, timeout, still loading
@@ -61,6 +63,18 @@ class BodyMissing(RecordError):
     """A record whose body the broker no longer has."""
 
     reason = "body_missing"
+
+
+class LineDiffers(RecordError):
+    """A record whose line in the log and whose body contradict each other."""
+
+    reason = "line_differs"
+
+
+class VersionUnknown(RecordError):
+    """A record of a policy version above the current one: it would be fresh for ever."""
+
+    reason = "version_unknown"
 
 
 class BrokerError(RollstreamError):

@@ -6,20 +6,24 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.broker.policy import PublishedPolicy, read_policy
 from broker_schemas.broker.role_loop import keep_stepping
-from broker_schemas.errors import BodyMissing, MalformedRecord, RecordError
+from broker_schemas.errors import BodyMissing, RecordError
 from broker_schemas.records import codec
 from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.records import SegmentRecord
+from consumers.admission import check_admission
 from consumers.metrics import MatcherMetrics
 from consumers.record_matching import MatcherTools, MatchOutcome, ParseFailure, match_record
 
 log = logging.getLogger(__name__)
+# a record found again is judged alone; dying with it in hand is the second death
+TRIES_ALONE = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +46,14 @@ class FailureDump:
     def write(self, failure: ParseFailure) -> None:
         if self._num_written >= self.at_most:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(failure), ensure_ascii=False) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(failure)) + "\n")
+        except OSError as exc:
+            log.error("matcher: no more parse failures are written to %s: %s", self.path, exc)
+            self._num_written = self.at_most
+            return
         self._num_written += 1
 
 
@@ -64,6 +73,7 @@ class Matcher:
         self._metrics = metrics
         self._settings = settings
         self._dump = dump
+        self._outlived: set[bytes] = set()
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
@@ -73,40 +83,58 @@ class Matcher:
 
     def step(self, now_s: float) -> int:
         """Match one batch; return how many rollouts it held. Raises BrokerError."""
-        entries = self._read(now_s)
-        if not entries:
-            return 0
+        # between batches nothing is in hand, so what is pending here was lost on its way
+        count = self._settings.batch_size
+        if self._door.is_due(now_s) and (entries := self._door.found_again(now_s, count=count)):
+            # one of them may have killed a matcher: each alone, so that the next death names it
+            for entry in entries:
+                self._match_alone(entry)
+            return len(entries)
+        entries = self._door.read(count=count, block_ms=self._settings.block_ms)
+        if entries:
+            self._match(entries)
+        return len(entries)
+
+    def _match_alone(self, entry: RawEntry) -> None:
+        """Match an entry with a note in the broker, for whoever dies over it; to outlive it is no death."""
+        tries = 1 if entry.entry_id in self._outlived else self._door.note_try(entry)
+        self._outlived.add(entry.entry_id)
+        self._match([entry], tries=tries)
+        self._outlived.discard(entry.entry_id)
+        self._door.forget_tries(entry)
+
+    def _match(self, entries: Sequence[RawEntry], *, tries: int = 1) -> None:
         started_s = time.monotonic()
         policy = read_policy(self._door.broker)
         oldest = self._oldest_policy_version(policy)
-        fingerprint = policy.processor_fingerprint if policy else ""
-        verdicts = [self._judge(entry, oldest, fingerprint) for entry in entries]
+        verdicts = [
+            self._judge(entry, oldest, policy)
+            if tries <= TRIES_ALONE
+            else self._rejected(entry, "killed_its_matcher", f"a matcher died {tries} times while it had it")
+            for entry in entries
+        ]
         seconds = time.monotonic() - started_s
         statuses = self._door.commit(verdicts, oldest_policy_version=oldest)
         self._metrics.on_batch(statuses, seconds)
-        return len(entries)
-
-    def _read(self, now_s: float) -> list[RawEntry]:
-        count = self._settings.batch_size
-        # between batches nothing is in hand, so what is pending here was lost on its way
-        if self._door.is_due(now_s) and (entries := self._door.found_again(now_s, count=count)):
-            return entries
-        return self._door.read(count=count, block_ms=self._settings.block_ms)
 
     def _oldest_policy_version(self, policy: PublishedPolicy | None) -> int:
         if self._settings.version_window is None:
             return 0
         return oldest_allowed(policy.policy_version if policy else 0, self._settings.version_window)
 
-    def _judge(self, entry: RawEntry, oldest: int, fingerprint: str) -> MatchVerdict:
+    def _judge(self, entry: RawEntry, oldest: int, policy: PublishedPolicy | None) -> MatchVerdict:
         try:
             record = self._decode(entry)
-            _check_processor(record, fingerprint)
+            check_admission(record, line=entry.line, policy=policy)
+            if record.purpose == "train" and record.policy_version < oldest:
+                return MatchVerdict(entry=entry, outcome="dropped", reason="stale")
+            outcome = match_record(record, self._tools)
         except RecordError as exc:
             return self._rejected(entry, exc.reason, str(exc))
-        if record.purpose == "train" and record.policy_version < oldest:
-            return MatchVerdict(entry=entry, outcome="dropped", reason="stale")
-        outcome = match_record(record, self._tools)
+        except Exception as exc:
+            # whatever a record does to us, it costs that record alone
+            log.exception("matcher: record %s could not be judged", entry.record_id)
+            return self._rejected(entry, "judging_failed", f"{type(exc).__name__}: {exc}")
         self._metrics.on_counters(outcome.counters)
         if outcome.parse_failure is not None and self._dump is not None:
             self._dump.write(outcome.parse_failure)
@@ -141,12 +169,3 @@ class Matcher:
         log.warning("matcher: record %s rejected (%s): %s", entry.record_id, reason, detail)
         self._metrics.on_rejected(reason)
         return MatchVerdict(entry=entry, outcome="rejected", reason=reason, detail=detail)
-
-
-def _check_processor(record: SegmentRecord, fingerprint: str) -> None:
-    """Refuse a rollout whose images the learner would cut otherwise; it could only fail in training."""
-    if fingerprint and record.images and record.processor_fingerprint != fingerprint:
-        raise MalformedRecord(
-            f"segment {record.record_id}: got processor_fingerprint {record.processor_fingerprint!r:.80}, "
-            f"expected {fingerprint!r}; producer and learner must use one model folder and image bounds"
-        )

@@ -14,8 +14,9 @@ import numpy as np
 
 from broker_schemas.errors import DataError, RecordError
 from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.method.image_check import ImageCheck
 from broker_schemas.records.reasons import RejectionReason
-from broker_schemas.records.records import GroundTruthObject, MatchedSegment, SegmentRecord
+from broker_schemas.records.records import MAX_OBJECTS, GroundTruthObject, MatchedSegment, SegmentRecord
 from consumers.evaluation_result import EvaluationResult, evaluate_rollout
 from consumers.fragments import FragmentNotEncoded
 from consumers.matching import MatchResult, MatchSettings, match_objects
@@ -24,6 +25,7 @@ from consumers.segments import SegmentVocabulary, build_segment, rollout_counter
 from consumers.token_bytes import backend_of, token_bytes_of
 from consumers.transport_targets import TransportSettings, targets_of_pairs
 
+MAX_RESPONSE_TOKENS: Final = 16_384
 TOO_LONG_ADVICE: Final = (
     "raise training.global_max_length, or lower the image bounds or "
     "custom.extra.rollout_matching.max_new_tokens"
@@ -37,7 +39,8 @@ class MatcherTools:
     ``capacity`` is the longest segment in tokens (the packing length). ``num_token_ids`` is the width of
     the model's embedding, ids from there on are impossible; None takes the tokenizer's. ``image_token_ids``
     are the ids that stand for pixels: an answer that holds one cannot be trained on. ``merge_size`` is the
-    patches a side of one of them; None leaves the number of image tokens in the prompt unchecked.
+    patches a side of one of them; None leaves the number of image tokens in the prompt unchecked. ``images``
+    looks at the files that the learner will open; None leaves them unchecked.
     Raises DataError for a tokenizer or ids that cannot serve.
     """
 
@@ -50,6 +53,7 @@ class MatcherTools:
     num_token_ids: int | None = None
     image_token_ids: frozenset[int] = frozenset()
     merge_size: int | None = None
+    images: ImageCheck | None = None
 
     def __post_init__(self) -> None:
         table = token_bytes_of(self.tokenizer)
@@ -143,7 +147,11 @@ def match_record(record: SegmentRecord, tools: MatcherTools) -> MatchOutcome:
     rejection = _record_problem(record, tools)
     if rejection is not None:
         return MatchOutcome(rejection=rejection)
-    rollout = match_rollout(record, tools)
+    parsed = parse_rollout(record.response_token_ids, tools.tokenizer, tools.coord_vocab)
+    rejection = _size_problem(record, parsed, tools)
+    if rejection is not None:
+        return MatchOutcome(rejection=rejection)
+    rollout = match_parsed(record, parsed, tools)
     failure = _parse_failure(record, rollout.parsed, tools)
     counters = rollout_counters(rollout.parsed, rollout.match)
     if record.purpose == "evaluation":
@@ -163,7 +171,13 @@ def match_record(record: SegmentRecord, tools: MatcherTools) -> MatchOutcome:
 
 def match_rollout(record: SegmentRecord, tools: MatcherTools) -> MatchedRollout:
     """Parse and match one record and find its targets; an evaluation record has none."""
-    parsed = parse_rollout(record.response_token_ids, tools.tokenizer, tools.coord_vocab)
+    return match_parsed(
+        record, parse_rollout(record.response_token_ids, tools.tokenizer, tools.coord_vocab), tools
+    )
+
+
+def match_parsed(record: SegmentRecord, parsed: ParsedRollout, tools: MatcherTools) -> MatchedRollout:
+    """Match what was parsed of ``record`` and find its targets; an evaluation record has none."""
     truth = record.assistant_payload
     match = match_objects(parsed.objects, truth, tools.match_settings)
     trained = match.pairs if record.purpose == "train" else ()
@@ -178,6 +192,9 @@ def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | N
         record.check(where)
     except RecordError as exc:
         return Rejection(reason="record_malformed", detail=str(exc))
+    too_long = _length_problem(record, tools, where)
+    if too_long is not None:
+        return too_long
     for name, ids in (("prompt", record.prompt_token_ids), ("response", record.response_token_ids)):
         if len(ids) and (int(np.max(ids)) >= tools.width or int(np.min(ids)) < 0):
             detail = f"{where}.{name}_token_ids: got {int(np.min(ids))}..{int(np.max(ids))}, "
@@ -187,13 +204,9 @@ def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | N
         problem = _ground_truth_problem(item, f"{where}.assistant_payload[{index}]")
         if problem is not None:
             return Rejection(reason="ground_truth_malformed", detail=problem)
-    for index, image in enumerate(record.images):
-        if not _is_within_root(image.path):
-            detail = f"{where}.images[{index}]: got path {image.path!r:.80}, expected one below the data root"
-            return Rejection(reason="image_outside_root", detail=detail)
-    problem = _image_token_problem(record, tools, where)
-    if problem is not None:
-        return Rejection(reason="image_tokens_differ", detail=problem)
+    problem_of_images = _images_problem(record, tools, where)
+    if problem_of_images is not None:
+        return problem_of_images
     if not np.isfinite(record.response_logprobs).all():
         detail = f"{where}.response_logprobs: got a value that is not finite, expected log-probabilities"
         return Rejection(reason="logprobs_not_finite", detail=detail)
@@ -227,8 +240,59 @@ def _ground_truth_problem(item: GroundTruthObject, where: str) -> str | None:
         return str(exc)
     except UnicodeEncodeError as exc:
         return f"{where}.desc: got {item.desc!r:.80}, expected text ({exc.reason})"
+    if item.geometry == "bbox_2d" and (item.bins[2] <= item.bins[0] or item.bins[3] <= item.bins[1]):
+        return f"{where}.bbox_2d: got {list(item.bins)}, expected x1 < x2 and y1 < y2"
     if not item.desc.strip() or len(item.desc.splitlines()) != 1:
         return f"{where}.desc: got {item.desc!r:.80}, expected one line that is not empty"
+    return None
+
+
+def _length_problem(record: SegmentRecord, tools: MatcherTools, where: str) -> Rejection | None:
+    """Refuse, before any work, what cannot fit a pack whatever the matching says.
+
+    Each true object is in the sequence: appended with its own bins, or matched to a prediction of the prefix
+    with at least four coordinate tokens.
+    """
+    if record.purpose == "train":
+        least = len(record.prompt_token_ids) + 4 * len(record.assistant_payload)
+        if least > tools.capacity:
+            detail = f"{where}: got {least} tokens or more, expected at most {tools.capacity}"
+            return Rejection(reason="segment_too_long", detail=f"{detail}; {TOO_LONG_ADVICE}")
+    longest = max(MAX_RESPONSE_TOKENS, 2 * tools.capacity)
+    if len(record.response_token_ids) > longest:
+        detail = (
+            f"{where}.response_token_ids: got {len(record.response_token_ids)} tokens, expected {longest}"
+        )
+        return Rejection(reason="segment_too_long", detail=f"{detail} at most; {TOO_LONG_ADVICE}")
+    return None
+
+
+def _size_problem(record: SegmentRecord, parsed: ParsedRollout, tools: MatcherTools) -> Rejection | None:
+    """Refuse, before the matching, a prefix that fits no pack or more objects than the matching may cost."""
+    where = f"segment {record.record_id}"
+    if len(parsed.objects) > MAX_OBJECTS:
+        detail = f"{where}: got {len(parsed.objects)} predicted objects, expected at most {MAX_OBJECTS}"
+        return Rejection(reason="segment_too_long", detail=detail)
+    least = len(record.prompt_token_ids) + len(parsed.prefix_ids)
+    if record.purpose == "train" and least > tools.capacity:
+        detail = f"{where}: got {least} tokens or more, expected at most {tools.capacity}"
+        return Rejection(reason="segment_too_long", detail=f"{detail}; {TOO_LONG_ADVICE}")
+    return None
+
+
+def _images_problem(record: SegmentRecord, tools: MatcherTools, where: str) -> Rejection | None:
+    for index, image in enumerate(record.images):
+        if not _is_within_root(image.path):
+            detail = f"{where}.images[{index}]: got path {image.path!r:.80}, expected one below the data root"
+            return Rejection(reason="image_outside_root", detail=detail)
+    problem = _image_token_problem(record, tools, where)
+    if problem is not None:
+        return Rejection(reason="image_tokens_differ", detail=problem)
+    for index, image in enumerate(record.images):
+        is_checked = tools.images is not None and record.purpose == "train"
+        problem = tools.images.problem(image) if is_checked and tools.images else None
+        if problem is not None:
+            return Rejection(reason="image_unusable", detail=f"{where}.images[{index}]: {problem}")
     return None
 
 

@@ -98,10 +98,11 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "matcher": (
         Grant(
             commands=(
-                f"{CALL} {CONSUME} hincrby mget set strlen getrange rename persist unlink smismember srem "
-                "xadd xdel xrange"
+                f"{CALL} {CONSUME} multi exec expire hdel hincrby mget set strlen getrange rename persist "
+                "unlink smismember srem xadd xdel xrange"
             ),
-            writes="events counters segments matched rejected evaluations admitted body:* made:* payload:*",
+            writes="events counters segments matched rejected evaluations admitted tries "
+            "body:* made:* payload:*",
         ),
         POLICY,
     ),

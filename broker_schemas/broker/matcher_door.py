@@ -13,6 +13,7 @@ from broker_schemas.broker.keys import MATCHER_GROUP
 from broker_schemas.errors import BrokerUnavailable
 from broker_schemas.records.records import NOT_STEP_BOUND, MatchedSegment
 
+TRIES_KEPT_S: Final = 7 * 24 * 3600
 BODY_APART_SINCE: Final = 2
 """The schema version of an entry from which on its body lies beside the stream."""
 
@@ -22,6 +23,7 @@ class RawEntry:
     """A stream entry as it was found: nothing in it is trusted yet.
 
     ``body`` is None where the broker no longer has it; ``num_bytes`` is what was counted for it.
+    ``line`` is what the log says of it, empty for entries written before they had one.
     """
 
     entry_id: bytes
@@ -31,6 +33,7 @@ class RawEntry:
     policy_version: int
     body: bytes | None
     num_bytes: int
+    line: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,20 @@ class MatcherDoor:
         Whatever this matcher was given and has not committed is among them: ask between batches only.
         """
         return self._with_bodies(self._reader.found_again(now_s, count=count))
+
+    def note_try(self, entry: RawEntry) -> int:
+        """Note that ``entry`` is now judged alone; return how often it was, this time included."""
+        key = self.broker.keys.named("tries")
+        with broker_errors("noting a try"):
+            pipe = self.broker.client.pipeline()
+            pipe.hincrby(key, entry.entry_id.decode(), 1)
+            pipe.expire(key, TRIES_KEPT_S)
+            return int(pipe.execute()[0])
+
+    def forget_tries(self, entry: RawEntry) -> None:
+        """Forget the tries of an entry that was judged."""
+        with broker_errors("forgetting tries"):
+            self.broker.client.hdel(self.broker.keys.named("tries"), entry.entry_id.decode())
 
     def _with_bodies(self, rows: Sequence[Row]) -> list[RawEntry]:
         """Return rows of the stream as entries, with the bodies that lie beside it."""
@@ -128,6 +145,7 @@ def read_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> RawEntry:
         policy_version=_number(fields.get(b"policy_version")),
         body=body,
         num_bytes=_number(fields.get(b"bytes")) if body is None else len(body),
+        line=fields.get(b"line", b"").decode("utf-8", "replace"),
     )
 
 

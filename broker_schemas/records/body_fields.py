@@ -59,17 +59,20 @@ class BodyReader:
                 return option
         raise self._wrong(name, value, " or ".join(choices))
 
-    def int_list(self, name: str, *, low: int, high: int) -> list[int]:
+    def int_list(self, name: str, *, low: int, high: int, at_most: int = MAX_ITEMS) -> list[int]:
         value = self._get(name, _REQUIRED)
-        fits = isinstance(value, list) and len(value) <= MAX_ITEMS
+        fits = isinstance(value, list) and len(value) <= at_most
         if not fits or not all(type(item) is int and low <= item <= high for item in value):
-            raise self._wrong(name, value, f"a list of integers from {low} to {high}")
+            raise self._wrong(name, value, f"a list of at most {at_most} integers from {low} to {high}")
         return list(value)
 
-    def items(self, name: str, read: Callable[[Mapping[str, Any], str], T]) -> tuple[T, ...]:
+    def items(
+        self, name: str, read: Callable[[Mapping[str, Any], str], T], *, at_most: int = MAX_ITEMS
+    ) -> tuple[T, ...]:
         value = self._get(name, _REQUIRED)
-        if not isinstance(value, list) or len(value) > MAX_ITEMS:
-            raise self._wrong(name, value, f"a list of at most {MAX_ITEMS} maps")
+        if not isinstance(value, list) or len(value) > at_most:
+            got = f"{len(value)} items" if isinstance(value, list) else type(value).__name__
+            raise self._wrong(name, got, f"a list of at most {at_most} maps")
         return tuple(read(item, f"{self._where}.{name}[{index}]") for index, item in enumerate(value))
 
     def pairs(self, name: str) -> tuple[tuple[int, int], ...]:

@@ -17,6 +17,11 @@ RejectionReason = Literal[
     "schema_too_new",
     "too_large",
     "body_missing",  # its bytes are no longer in the broker
+    "line_differs",  # its line in the log says other than its body
+    "version_unknown",  # made by a policy version that was never published
+    "judging_failed",  # an error of ours while it was judged
+    "killed_its_matcher",  # pending through two deaths of a matcher, the second time alone
+    "image_unusable",  # the learner could not open it, or would cut it otherwise
     "not_admitted",  # an entry that no transition wrote
     "generation_failed",  # its request failed in every attempt
     "abandoned",  # its request was given up: no producer finished it

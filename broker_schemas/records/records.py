@@ -22,6 +22,9 @@ Purpose = Literal["train", "evaluation"]
 Channel = Literal["A", "B"]
 NOT_STEP_BOUND: Final = -1
 MAX_ID_CHARS: Final = 200
+# what one rollout may cost to match: assignment is cubic in objects, transport quadratic in vertices
+MAX_OBJECTS: Final = 1024
+MAX_BINS: Final = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ class GroundTruthObject:
         names = [name for name in ("bbox_2d", "poly") if name in body]
         if len(names) != 1:
             raise MalformedRecord(f"{where}: got geometries {names}, expected exactly one of bbox_2d, poly")
-        bins = tuple(read.int_list(names[0], low=0, high=999))
+        bins = tuple(read.int_list(names[0], low=0, high=999, at_most=MAX_BINS))
         if names[0] == "bbox_2d":
             if len(bins) != 4:
                 raise MalformedRecord(f"{where}.bbox_2d: got {len(bins)} numbers, expected 4")
@@ -168,7 +171,9 @@ class SegmentRecord:
             task=read.text("task", max_chars=MAX_ID_CHARS),
             images=read.items("images", ImageReference.from_body),
             processor_fingerprint=read.text("processor_fingerprint", empty_allowed=True),
-            assistant_payload=read.items("assistant_payload", GroundTruthObject.from_body),
+            assistant_payload=read.items(
+                "assistant_payload", GroundTruthObject.from_body, at_most=MAX_OBJECTS
+            ),
             prompt_token_ids=read.token_ids("prompt_token_ids"),
             response_token_ids=read.token_ids("response_token_ids"),
             response_logprobs=codec.decode_array(
@@ -311,7 +316,9 @@ class MatchedSegment:
             counters=read.counts("counters"),
             optimizer_step=read.integer("optimizer_step", low=NOT_STEP_BOUND, default=NOT_STEP_BOUND),
             generated_at_ms=read.integer("generated_at_ms", low=0, default=0),
-            assistant_payload=read.items("assistant_payload", GroundTruthObject.from_body),
+            assistant_payload=read.items(
+                "assistant_payload", GroundTruthObject.from_body, at_most=MAX_OBJECTS
+            ),
             response_tail_ids=read.token_ids("response_tail_ids"),
             num_response_tokens=read.integer("num_response_tokens", low=0, default=0),
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 from broker_schemas.broker.matcher_door import MatcherDoor
+from broker_schemas.method.image_check import ImageCheck
+from broker_schemas.method.image_grid import ImageGrid
 from configs import RunConfig
 from consumers.matcher import FailureDump, Matcher, MatcherSettings
 from consumers.matching import MatchSettings
@@ -40,6 +43,13 @@ def matcher_tools(config: RunConfig, folder: Path) -> MatcherTools:
     )
 
 
+def image_check(config: RunConfig, folder: Path) -> ImageCheck:
+    """Return the look at the images that the learner will open for a rollout of the training set."""
+    bounds = config.model.image
+    rule = ImageGrid.of_model(folder, min_pixels=bounds.min_pixels, max_pixels=bounds.max_pixels)
+    return ImageCheck(access.data_root(config, config.data.train_jsonl), rule)
+
+
 def run_matcher(config: RunConfig, index: int) -> None:
     """Run until a signal."""
     stop = access.stop_on_signals()
@@ -49,10 +59,11 @@ def run_matcher(config: RunConfig, index: int) -> None:
     if method.debug_dump_parse_failures:
         path = access.run_folder(config).parse_failures(index)
         dump = FailureDump(path, method.debug_dump_max)
+    folder = access.model_dir(config)
     matcher = Matcher(
         # replicas of a scaled service share the index; the name must stay over a restart, for what it held
         MatcherDoor(broker, f"matcher-{index}-{socket.gethostname()}"),
-        matcher_tools(config, access.model_dir(config)),
+        replace(matcher_tools(config, folder), images=image_check(config, folder)),
         MatcherMetrics(access.start_metrics(config, "match", index)),
         MatcherSettings(
             batch_size=config.matchers.batch_size,

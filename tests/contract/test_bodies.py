@@ -48,6 +48,7 @@ def test_an_admitted_body_stays_and_the_entry_holds_none(broker: Broker) -> None
         b"record_id": b"a",
         b"policy_version": b"0",
         b"bytes": str(len(body)).encode(),
+        b"line": segment_line(a_rollout("a")).encode(),
     }
     assert broker.client.get(broker.keys.body("a")) == body
     assert broker.client.ttl(broker.keys.body("a")) == -1

@@ -108,7 +108,7 @@ local function settle(verdict)
     tokens = tokens + tonumber(text)
     bytes = bytes + verdict.made
   elseif outcome == 'evaluated' then
-    redis.call('XADD', KEYS[6], '*', 'record_id', id, 'body', verdict.extra)
+    redis.call('XADD', KEYS[6], 'MAXLEN', '~', 50000, '*', 'record_id', id, 'body', verdict.extra)
     evaluated[#evaluated + 1] = id
   elseif outcome == 'dropped' then
     dropped[text] = dropped[text] or {}

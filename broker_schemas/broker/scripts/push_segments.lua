@@ -1,7 +1,7 @@
 -- Admits rollouts: each once, within the byte budget, all records of the call or none for lack of room.
 -- The body of each was set at raw:<record id>, with an expiry, just before in the same pipeline: it is linked to
 -- body:<record id> when its record is admitted and let go when not, and never passes through here.
--- KEYS[3]  segments     stream  group `matcher`: kind, schema_version, record_id, policy_version, bytes
+-- KEYS[3]  segments     stream  group `matcher`: kind, schema_version, record_id, policy_version, bytes, line
 -- KEYS[4]  seen:now     set     record ids of the current generation
 -- KEYS[5]  seen:before  set     record ids of the generation before it
 -- ARGV[2]  byte budget of the run
@@ -16,15 +16,20 @@
 --   late       its request was closed without it
 --   too_large  over the largest body
 --   no_body    nothing at raw:<record id>
---   bad_id     line not as above, record or request id not 1 to 200 characters of A-Z a-z 0-9 . _ : ~ -, or a
+--   bad_id     line not as above (numbers of 15 digits at most, task and sample id 800 bytes, purpose train or
+--              evaluation), record or request id not 1 to 200 characters of A-Z a-z 0-9 . _ : ~ -, or a
 --              record its open request did not ask for
 local num, limit = tonumber(ARGV[5]), tonumber(ARGV[4])
 local RAW, BODY, PAYLOAD = PREFIX .. 'raw:', PREFIX .. 'body:', PREFIX .. 'payload:'
 
-local LINE = '^([%w._:~-]+)\t(%d+)\t([%w._:~-]*)\t%d+\t[^\t\n]*\t[^\t\n]*\t%d+\t[^\t\n]*\t%-?%d+$'
+local LINE =
+  '^([%w._:~-]+)\t(%d+)\t([%w._:~-]*)\t(%d+)\t([^\t\n]*)\t([^\t\n]*)\t(%d+)\t([^\t\n]*)\t(%-?%d+)$'
 local function read_line(line)
-  local id, version, request = string.match(line, LINE)
-  if id and #id <= 200 and #request <= 200 and #version < 16 then return id, version, request end
+  local id, version, request, tokens, task, sample, at, purpose, step = string.match(line, LINE)
+  local fits = id and #id <= 200 and #request <= 200 and #task <= 800 and #sample <= 800
+    and (purpose == 'train' or purpose == 'evaluation')
+    and #version < 16 and #tokens < 16 and #at < 16 and #step < 17
+  if fits then return id, version, request end
   return ''
 end
 
@@ -100,7 +105,7 @@ for n, i in ipairs(admitted) do
   redis.call('RENAME', RAW .. id, BODY .. id)
   redis.call('PERSIST', BODY .. id)
   entries[n] = redis.call('XADD', KEYS[3], '*', 'kind', 'segment', 'schema_version', '2', 'record_id', id,
-    'policy_version', versions[i], 'bytes', sizes[i])
+    'policy_version', versions[i], 'bytes', sizes[i], 'line', ARGV[5 + i])
   lines[n] = ARGV[5 + i]
 end
 in_chunks(entries, function(chunk) redis.call('SADD', PREFIX .. 'admitted', unpack(chunk)) end)
