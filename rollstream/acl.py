@@ -110,7 +110,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         _place("packer"),
         Grant(
             commands=(
-                f"{CALL} {CONSUME} hexists hget hincrby hset strlen unlink zadd zrem "
+                f"{CALL} {CONSUME} hdel hexists hget hincrby hset strlen unlink zadd zrem "
                 "xadd xdel xlen xpending xrange"
             ),
             writes="events counters matched sealed open_step ready:* payload:*",
@@ -137,7 +137,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "archive": (
         _place("archive"),
         Grant(
-            commands=f"{CALL} hget hset xlen xrange xread xrevrange xtrim",
+            commands=f"{CALL} hdel hget hset xlen xrange xread xrevrange xtrim",
             writes="events counters archive",
         ),
         Grant(commands="mget", reads="payload:*"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
+from broker_schemas.errors import BrokerFull
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,23 @@ class RunStatus:
 
 
 def read_status(broker: Broker, world_size: int, *, with_ready_versions: bool = False) -> RunStatus:
-    """Return the state of the run; raises BrokerError."""
+    """Return the state of the run; raises BrokerError.
+
+    It is that of one moment, but where a server before Redis 7 is at its memory limit: it refuses MULTI then.
+    """
+    try:
+        return _read_status(broker, world_size, with_ready_versions=with_ready_versions, is_one_moment=True)
+    except BrokerFull:
+        return _read_status(broker, world_size, with_ready_versions=with_ready_versions, is_one_moment=False)
+
+
+def _read_status(
+    broker: Broker, world_size: int, *, with_ready_versions: bool, is_one_moment: bool
+) -> RunStatus:
     keys = broker.keys
     with broker_errors("reading the run's status"):
-        pipe = broker.client.pipeline(
-            transaction=True
-        )  # else a record that moves meanwhile counts twice or never
+        # as separate moments, a record that moves meanwhile counts twice or never
+        pipe = broker.client.pipeline(transaction=is_one_moment)
         pipe.hget(keys.named("policy"), "version")
         pipe.xlen(keys.named("segments"))
         pipe.xlen(keys.named("matched"))

@@ -18,6 +18,8 @@ from broker_schemas.errors import ServerFailed, ServerRefused, ServerUnavailable
 if TYPE_CHECKING:
     import httpx
 
+    from broker_schemas.rollout_servers.exchange_deadline import ExchangeDeadline
+
 PauseMode = Literal["wait", "keep"]
 CONNECT_TIMEOUT_S: Final = 5.0
 LOOK_TIMEOUT_S: Final = 10.0
@@ -71,6 +73,7 @@ class VllmServer:
         self._transport = transport
         self._client: httpx.Client | None = None
         self._opening = threading.Lock()
+        self._deadline: ExchangeDeadline
 
     def reconnect(self) -> None:
         """Drop all connections; the next request opens a new one."""
@@ -237,7 +240,12 @@ class VllmServer:
         where = f"{method} {self.base_url}{path.partition('?')[0]}"
         give_up_at = time.monotonic() + limit_s
         timeout = httpx.Timeout(limit_s, connect=min(CONNECT_TIMEOUT_S, limit_s))
-        with server_errors(where), self._open().stream(method, path, json=body, timeout=timeout) as reply:
+        client = self._open()
+        with (
+            server_errors(where),
+            self._deadline.within(limit_s),
+            client.stream(method, path, json=body, timeout=timeout) as reply,
+        ):
             raw = bytearray()
             for piece in reply.iter_bytes():
                 raw += piece
@@ -253,14 +261,17 @@ class VllmServer:
 
         with self._opening:
             if self._client is None:
-                most = self._max_connections
-                self._client = httpx.Client(
-                    base_url=self.base_url,
-                    transport=self._transport,
-                    limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
-                    # a proxy of the environment knows nothing of servers beside us
-                    trust_env=False,
+                from broker_schemas.rollout_servers.exchange_deadline import (
+                    ExchangeDeadline,
+                    deadline_transport,
                 )
+
+                most = self._max_connections
+                limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
+                self._deadline = ExchangeDeadline()
+                transport = self._transport or deadline_transport(self._deadline, limits)
+                # a proxy of the environment knows nothing of servers beside us
+                self._client = httpx.Client(base_url=self.base_url, transport=transport, trust_env=False)
             return self._client
 
     def _number(self, body: Mapping[str, Any], name: str) -> int:
@@ -282,7 +293,7 @@ def _read_reply(where: str, status: int, raw: bytes) -> dict[str, Any]:
         return {}
     try:
         body = json.loads(raw)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ServerFailed(f"{where}: reply is no JSON ({text!r:.200})") from exc
     if not isinstance(body, dict):
         raise ServerFailed(f"{where}: reply is a {type(body).__name__}, expected a JSON object")

@@ -67,6 +67,7 @@ SCRIPTS: Final[dict[Role, tuple[str, ...]]] = {
 }
 OF_PRELUDE: Final = {
     "emit(": {"xadd"},
+    "go_on_at_the_limit(": {"hdel"},
     "count(": {"hincrby"},
     "free_payloads(": {"strlen", "unlink", "hincrby"},
     "drop_segments(": {"strlen", "unlink", "hincrby", "xadd"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ import redis
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, check_takes_jobs
+from broker_schemas.broker.event_log import read_events
+from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.rollout_requests import RolloutRequest
-from broker_schemas.errors import BrokerError, BrokerRefused
+from broker_schemas.broker.status import read_status
+from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused
 from producers.jobs import enqueue_request, rollout_queue
 from rollstream.wiring import access
 from tests.builders.configs import load_mapping, make_mapping, put
+from tests.conftest import redis_server_program
+from tests.contract.test_transitions import a_learner, push, ready_packs
 from tests.redis_servers import program_or_skip, running_server
 
 
@@ -56,3 +62,33 @@ def test_a_cluster_holds_a_run_but_its_jobs_need_a_server_of_their_own(
         enqueue_request(queue, request, attempt=1, job_timeout_s=60)
         assert queue.count == 1
         queue.delete(delete_jobs=True)
+
+
+@pytest.mark.req("Q-12")
+@pytest.mark.parametrize("program", [redis_server_program(), shutil.which("redis-server")])
+def test_at_the_servers_own_limit_producers_wait_and_what_frees_memory_goes_on(
+    tmp_path: Path, program: str | None
+) -> None:
+    if program is None:
+        pytest.skip("one server alone here")
+    with running_server(program, ["--port", "0"], tmp_path / "log") as socket:
+        broker = Broker.connect("demo", BrokerAddress(url=f"unix://{socket}"))
+        publish_policy(broker, policy_version=0, optimizer_step=0, weights_path="w")
+        ready_packs(broker, "a", "b", "c", "d", ranks=[0, 1, 0, 1])
+        learner = a_learner(broker, version_window=9)
+        broker.client.config_set("maxmemory", "1")
+        with pytest.raises(BrokerFull):
+            push(broker, "e")
+        for step in (0, 1):
+            claim = learner.claim_step(optimizer_step=step, scheduled_kind="B", policy_version=0)
+            assert claim is not None
+            assert claim.kind == "B"
+            learner.commit_step(optimizer_step=step, summary={"loss": 1.0})
+        last = list(read_events(broker))[-1].event_id
+        assert broker.run("advance_archive", ["archive"], [last, 1, "0-0"])[0] == 1
+        learner.settle_checkpoint(optimizer_step=2)
+        assert publish_policy(broker, policy_version=1, optimizer_step=2, weights_path="w")
+        assert read_status(broker, 2).total("bytes") == 0
+        broker.client.config_set("maxmemory", "0")
+        assert push(broker, "e") == ["ok"]
+        broker.close()

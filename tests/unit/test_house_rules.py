@@ -30,6 +30,7 @@ EDGES: Final = {
             "client",
             "connection",
             "event_log",
+            "exchange_deadline",
             "group_reader",
             "learner_door",
             "lease",

@@ -4,6 +4,7 @@
 -- ARGV[3]  events to keep for readers that look back
 -- ARGV[4]  cursor the archive believes is noted here; left out: whatever it is
 -- Reply: {1, cursor noted now}, or {0, cursor that is noted}: another than believed, nothing is changed.
+go_on_at_the_limit()
 local noted = redis.call('HGET', KEYS[3], 'cursor') or '0-0'
 if noted == ARGV[2] and noted ~= '0-0' then return {1, noted} end -- said again
 if ARGV[4] and ARGV[4] ~= noted then return {0, noted} end

@@ -12,6 +12,7 @@
 -- ARGV[9]  the last step that the asker was given, or -1: its claim must still be known
 -- Reply: the fields of the claim; {} for not yet; {"settled"} for a step a checkpoint has covered already;
 --        {"lost"} where the broker has forgotten the claim of ARGV[9]: what it acknowledged is gone.
+go_on_at_the_limit()
 local step, world, wanted = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local mode = ARGV[8]
 local known = redis.call('HGETALL', KEYS[4])

@@ -18,6 +18,7 @@
 --          step: the optimizer step that asked for it, or -1
 -- Reply: one text with a status a record, parted by " ": matched, evaluated, dropped, rejected, no_body (nothing at
 --        made:<record id>; it stays pending), or gone (someone else committed it).
+go_on_at_the_limit()
 local group, oldest, status, bytes, tokens = ARGV[2], tonumber(ARGV[3]), {}, 0, 0
 local MADE, BODY, PAYLOAD = PREFIX .. 'made:', PREFIX .. 'body:', PREFIX .. 'payload:'
 local taken, admitted, linked, unwanted = {}, {}, {}, {}

@@ -10,6 +10,7 @@
 --          rank, pack body, policy version, pack id, number of segments, then entry id and record id of each
 -- Reply: {0, record id, ...}: these are no longer pending, nothing is changed;
 --        {1, packs made, packs dropped as stale, packs dropped by overflow}.
+go_on_at_the_limit()
 local group, oldest, limit, num = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
 local step = string.match(ARGV[5], '^-?%d+')
 local seals = step ~= '-1' and step == ARGV[5]

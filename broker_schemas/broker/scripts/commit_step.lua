@@ -3,6 +3,7 @@
 -- ARGV[2]  optimizer step
 -- ARGV[3]  summary (msgpack map): loss and timings
 -- Reply: 1 recorded, 0 recorded before or settled already, -1 no such claim: never made, or lost by the broker.
+go_on_at_the_limit()
 if redis.call('EXISTS', KEYS[3]) == 0 then
   local settled = tonumber(redis.call('HGET', COUNTERS, 'settled_steps') or '0')
   return tonumber(ARGV[2]) < settled and 0 or -1

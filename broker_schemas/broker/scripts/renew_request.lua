@@ -4,6 +4,7 @@
 -- ARGV[3]  lease_ms
 -- ARGV[4]  1: a worker has it; 0: it waits in the queue again, and no lease runs
 -- Reply: 1, or 0 when the request is closed: its records are no longer wanted.
+go_on_at_the_limit()
 if not redis.call('ZSCORE', KEYS[3], ARGV[2]) then return 0 end
 redis.call('ZADD', KEYS[3], 'XX', now_ms() + tonumber(ARGV[3]), ARGV[2])
 local key = PREFIX .. 'request:' .. ARGV[2]

@@ -6,6 +6,7 @@
 -- ARGV[3]  1: only what the archive has passed already
 -- ARGV[4]  claims to free in one call
 -- Reply: {freed now, still to free}
+go_on_at_the_limit()
 local NO_SUMMARY = '\128' -- an empty msgpack map
 local upto, freed, ids, last = tonumber(ARGV[2]), 0, {}, nil
 
