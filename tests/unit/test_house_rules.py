@@ -52,7 +52,7 @@ EDGES: Final = {
         *("broken_jobs", "dispatcher", "hf_backend", "jobs", "metrics", "producer"),
         *("vllm_backend", "vllm_client", "vllm_servers"),
     },
-    "consumers": {"fill_warning", "matcher", "metrics", "step_packer", "streaming_packer"},
+    "consumers": {"admission", "fill_warning", "matcher", "metrics", "step_packer", "streaming_packer"},
     "learner": {
         *("checkpoints", "distributed", "metrics", "milestones", "patient_broker", "server_group"),
         *("server_sync", "sharding", "stop_request", "training_log", "weight_transfer"),
