@@ -57,7 +57,7 @@ def test_an_f1_at_its_target_ends_the_run_with_a_checkpoint_that_knows_it(tmp_pa
             evaluate=lambda model, done: {"eval_rollout_f1": scores[done]},
             evaluation_log=log,
         )
-    assert (outcome.optimizer_step, outcome.reason) == (4, "validation F1 0.700 reached its target 0.6")
+    assert (outcome.optimizer_step, outcome.reason) == (4, "validation f1 0.700 reached its target 0.6")
     checkpoint = latest_checkpoint(settings.checkpoints_dir)
     assert checkpoint is not None
     state = read_trainer_state(checkpoint)
