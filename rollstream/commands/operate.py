@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from broker_schemas.errors import ConfigError
-from configs import RunConfig
 from rollstream.commands.loading import load_run
+
+if TYPE_CHECKING:
+    from configs import RunConfig
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
