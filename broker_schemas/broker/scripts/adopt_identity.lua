@@ -7,6 +7,7 @@
 -- ARGV[6]  optimizer step from which the settings hold
 -- ARGV[7]  changes since the settings before, JSON map, for the log; "" for none
 -- Reply: {1} it is ours; {0, run id, deciding, holder, begun_ms}: another run or another past, nothing is changed.
+go_on_at_the_limit()
 local known = redis.call('HMGET', KEYS[3], 'run_id', 'deciding', 'settings', 'holder', 'begun_ms')
 if not known[1] then
   redis.call('HSET', KEYS[3], 'run_id', ARGV[2], 'deciding', ARGV[3], 'settings', ARGV[4], 'holder', ARGV[5],

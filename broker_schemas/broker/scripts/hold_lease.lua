@@ -6,6 +6,7 @@
 -- ARGV[5]  role, for the log
 -- ARGV[6]  token of a holder that is known to be gone: its lease counts as ended; 0: none
 -- Reply: {token}: it holds the place; {0, token, holder, ms until the lease ends}: another does, nothing is changed.
+go_on_at_the_limit()
 local now = now_ms()
 local held = redis.call('HMGET', KEYS[3], 'token', 'holder', 'until_ms')
 local token, ends = tonumber(held[1] or '0'), tonumber(held[3] or '0')

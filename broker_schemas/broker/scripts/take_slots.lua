@@ -6,6 +6,7 @@
 -- ARGV[4]  places of the server
 -- ARGV[5]  lease_ms
 -- Reply: number of places given, 0 to ARGV[3].
+go_on_at_the_limit()
 local now, wanted = now_ms(), tonumber(ARGV[3])
 local lease_end = now + tonumber(ARGV[5])
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', '(' .. now)
