@@ -20,7 +20,7 @@ SMALL = (
     "training.eval_every_steps=0",
     "custom.extra.rollout_matching.max_new_tokens=24",
 )
-WARM = ("stage2_ab.schedule.b_ratio=0", *SMALL)
+WARM = ("stage2_ab.schedule.b_ratio=0", "devices.learner_world_size=1", *SMALL)
 CONFIG = "configs/stage2_async/local.yaml"
 
 
