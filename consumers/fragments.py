@@ -53,8 +53,8 @@ def encode_fragment(
 ) -> Fragment:
     """Return the open tail and the fragment that appends ``missing``, encoded as one text.
 
-    A tokenizer that normalises text gets the descriptions in its own normal form, so that spans stay exact.
-    Raises FragmentNotEncoded.
+    A tokenizer that normalises text gets the descriptions in its own normal form,
+    so that spans stay exact. Raises FragmentNotEncoded.
     """
     table = token_bytes_of(tokenizer)
     rendered = render_fragment(parsed, missing)

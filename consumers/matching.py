@@ -1,7 +1,7 @@
 """Matches the objects of a rollout to the ground truth of its image, by overlap alone.
 
-Owns section 5 of the method: candidates, gate, costs and assignment; it must not know text, tokens or
-targets.
+Owns section 5 of the method: candidates, gate, costs and
+assignment; it must not know text, tokens or targets.
 """
 
 from __future__ import annotations

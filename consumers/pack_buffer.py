@@ -1,7 +1,7 @@
 """Holds matched segments in insertion order and decides when a pack may leave.
 
-Owns waiting and carrying over; it must not know the broker, the clock or ranks. Which segments go together is
-`consumers.packing`'s choice.
+Owns waiting and carrying over; it must not know the broker, the clock or ranks.
+Which segments go together is `consumers.packing`'s choice.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class PackBuffer:
     def put_back(self, segments: Iterable[MatchedDescriptor]) -> None:
         """Return segments of a pack that was not committed; they go to the front, in the given order.
 
-        They were admitted before, so this may exceed `packing_buffer`; ids that are held already are left
-        out.
+        They were admitted before, so this may exceed
+        `packing_buffer`; ids that are held already are left out.
         """
         returned = {segment.record_id: segment for segment in segments if segment.record_id not in self._ids}
         self._hold([*returned.values(), *self._segments])

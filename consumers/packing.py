@@ -1,7 +1,7 @@
 """Picks the segments of one pack from their encoded lengths.
 
-Owns the choice alone: it knows lengths and positions, and must not know records, versions, ranks or the
-broker.
+Owns the choice alone: it knows lengths and positions, and must not
+know records, versions, ranks or the broker.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One pass over the bytes of a rollout: where its entries, their values and their coordinate lists lie.
 
-Owns structure alone (braces, brackets, strings, keys at depth 1); it must not know tokens or what an object
-means.
+Owns structure alone (braces, brackets, strings, keys at depth 1); it
+must not know tokens or what an object means.
 """
 
 from __future__ import annotations

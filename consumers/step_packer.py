@@ -39,8 +39,8 @@ class StepPackerSettings:
 class StepPacker:
     """One packer process. Raises RunStopped for a step that cannot be packed: nothing else would help.
 
-    ``filled`` finds the packs that may leave before their step is complete; None where the plan needs all of
-    its rollouts.
+    ``filled`` finds the packs that may leave before their step is
+    complete; None where the plan needs all of its rollouts.
     """
 
     def __init__(

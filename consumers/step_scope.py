@@ -20,8 +20,8 @@ MAX_IDLE_SHARE = 0.05
 
 
 def pack_step(lengths: Sequence[int], capacity: int, num_ranks: int) -> list[list[list[int]]]:
-    """Return, for each rank, its packs as ascending segment indices; each pack holds at most `capacity`
-    tokens.
+    """Return, for each rank, its packs as ascending segment
+    indices; each pack holds at most `capacity` tokens.
 
     `lengths` are encoded lengths in tokens, in insertion order; every index is in exactly one pack. The packs
     are as few as the better of two heuristics finds (best fit decreasing; minimum bin slack). Ranks that
@@ -61,8 +61,8 @@ def _best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def _minimum_slack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Fill one pack after the other around the longest segment left (Gupta and Ho 1999), from a spread of
-    lengths."""
+    """Fill one pack after the other around the longest segment left
+    (Gupta and Ho 1999), from a spread of lengths."""
     left = longest_order(lengths)
     packs: list[list[int]] = []
     while left:
@@ -94,8 +94,8 @@ def _split(packs: list[list[int]], lengths: list[int], num_wanted: int) -> list[
 
 
 def _deal(packs: list[list[int]], lengths: list[int], num_ranks: int) -> list[list[list[int]]]:
-    """Deal in rounds from the fullest pack down; in each round the rank with the fewest tokens so far is
-    served first."""
+    """Deal in rounds from the fullest pack down; in each round the rank
+    with the fewest tokens so far is served first."""
     tokens = {min(pack): sum(lengths[i] for i in pack) for pack in packs}
     ordered = sorted((sorted(pack) for pack in packs), key=lambda pack: (-tokens[pack[0]], pack[0]))
     loads = [0] * num_ranks

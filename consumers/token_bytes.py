@@ -82,8 +82,8 @@ class TokenBytes:
     def encode(self, text: str) -> tuple[list[int], NDArray[np.int64]] | None:
         """Return the ids of ``text`` and their end offsets in bytes, or None where they write other bytes.
 
-        A normaliser, a truncation or an unknown token make a tokenizer write something else than it was
-        given.
+        A normaliser, a truncation or an unknown token make a
+        tokenizer write something else than it was given.
         """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         data, ends = self.join(ids)

@@ -76,8 +76,8 @@ def _check_window(lengths: Sequence[int], capacity: int, num_packs: int) -> list
         raise InfeasibleWindow(
             "fewer_segments_than_packs",
             f"{where}: got {len(checked)} segments, expected at least {num_packs}, "
-            "since no pack may be empty; "
-            "raise training.effective_batch_size or lower gradient_accumulation_steps",
+            "since no pack may be empty; raise training.effective_batch_size or lower "
+            "gradient_accumulation_steps",
         )
     return checked
 
@@ -104,8 +104,8 @@ def longest_first(lengths: list[int], capacity: int, num_packs: int) -> list[lis
 
 
 def _one_by_one(lengths: list[int], capacity: int, num_packs: int) -> list[list[int]] | None:
-    """Fill each pack as well as possible around the longest segment left (minimum bin slack, Gupta and Ho
-    1999)."""
+    """Fill each pack as well as possible around the longest segment
+    left (minimum bin slack, Gupta and Ho 1999)."""
     left = longest_order(lengths)
     members: list[list[int]] = []
     for _ in range(num_packs):
@@ -150,11 +150,11 @@ def _fill_empty(members: list[list[int]], lengths: list[int]) -> None:
 
 
 def _even_out(members: list[list[int]], lengths: list[int]) -> None:
-    """Move or exchange single segments between the fullest and the emptiest pack while that narrows their
-    gap.
+    """Move or exchange single segments between the fullest and the
+    emptiest pack while that narrows their gap.
 
-    The sum of squared loads falls with every change, so this ends; the number of rounds is bounded all the
-    same.
+    The sum of squared loads falls with every change, so this ends;
+    the number of rounds is bounded all the same.
     """
     for _ in range(4 * len(lengths)):
         loads = [sum(lengths[i] for i in pack) for pack in members]

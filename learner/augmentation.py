@@ -48,8 +48,7 @@ class AugmentationSettings:
         if not 0 < self.shrink_smallest <= 1 or self.jitter_pixels < 0:
             raise ValueError(
                 f"augmentation: got shrink_smallest {self.shrink_smallest}, jitter_pixels "
-                f"{self.jitter_pixels}; "
-                "expected above 0 to 1, and 0 or more"
+                f"{self.jitter_pixels}; expected above 0 to 1, and 0 or more"
             )
 
 

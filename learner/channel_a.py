@@ -37,8 +37,8 @@ class ChannelASettings:
 class PayloadTokens:
     """A tokenised assistant payload with its end token, A tokens: ids (A,) int32 and what each one is.
 
-    ``is_desc`` (A,): overlaps a ``desc`` value; ``is_slot`` (A,): a coordinate of a geometry; ``bins``
-    (slots,).
+    ``is_desc`` (A,): overlaps a ``desc`` value; ``is_slot`` (A,): a
+    coordinate of a geometry; ``bins`` (slots,).
     """
 
     token_ids: NDArray[np.int32]
@@ -146,8 +146,8 @@ def build_segment(
     optimizer_step: int,
     processor_fingerprint: str,
 ) -> MatchedSegment:
-    """Return prompt, payload of ``objects`` and end token as a channel A segment (ROLLOUT_MATCHING section
-    7).
+    """Return prompt, payload of ``objects`` and end token as a
+    channel A segment (ROLLOUT_MATCHING section 7).
     """
     prompt_ids = prompts.build_ids(grids_thw)
     payload = tokenize_payload(objects, prompts, where=f"sample {sample.sample_id}")
@@ -197,8 +197,7 @@ def tokenize_payload(
     if bins != expected:
         raise DataError(
             f"{where}: the tokenised payload holds {len(bins)} coordinate tokens, expected its "
-            f"{len(expected)} "
-            "bins in order; does the tokenizer keep <|coord_k|> whole?"
+            f"{len(expected)} bins in order; does the tokenizer keep <|coord_k|> whole?"
         )
     return PayloadTokens(
         token_ids=token_ids,

@@ -1,7 +1,7 @@
 """Checkpoints: whole directories that hold weights, optimizer, random state and place in the run.
 
-The weights are an ordinary Hugging Face folder; everything else is safetensors and JSON, so that loading one
-executes nothing.
+The weights are an ordinary Hugging Face folder; everything else is
+safetensors and JSON, so that loading one executes nothing.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def write_checkpoint(
     """Write ``checkpoint-<optimizer_step>`` whole, then drop all but the best and the ``num_kept`` latest;
     return its path.
 
-    All ranks call it and wait however long it takes; rank 0 writes the weights, every rank its part of a
-    sharded optimizer.
+    All ranks call it and wait however long it takes; rank 0 writes the
+    weights, every rank its part of a sharded optimizer.
 
     ``companions`` is the model folder whose tokenizer and processor files are copied.
     Raises RunStopped when the disk refuses; earlier checkpoints stay as they are.
@@ -106,8 +106,8 @@ def optimizer_file(rank: int) -> str:
 
 
 def latest_checkpoint(parent: Path) -> Path | None:
-    """Return the checkpoint with the highest optimizer step, None without one; half-written ones do not
-    count.
+    """Return the checkpoint with the highest optimizer step, None
+    without one; half-written ones do not count.
     """
     found = [path for _, path in numbered_directories(parent, PREFIX) if (path / _STATE_FILE).is_file()]
     return found[-1] if found else None
@@ -209,8 +209,8 @@ def load_weights(folder: Path, trained: TrainedWeights) -> None:
 
 
 def optimizer_tensors(trained: TrainedWeights, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors as ``<parameter name>/<entry>``, on the CPU; empty before its first
-    step.
+    """Return the optimizer's tensors as ``<parameter
+    name>/<entry>``, on the CPU; empty before its first step.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained.parameters.items():

@@ -37,8 +37,8 @@ class CollationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentPixels:
-    """Pixels of one segment's images: ``patches`` (sum of grid products, patch size) float32, ``grids_thw``
-    (n, 3).
+    """Pixels of one segment's images: ``patches`` (sum of grid
+    products, patch size) float32, ``grids_thw`` (n, 3).
     """
 
     patches: Tensor

@@ -22,8 +22,8 @@ def sample_indices(
     if num_samples < 1 or effective_batch_size < 1 or optimizer_step < 0:
         raise ValueError(
             f"sample indices: got optimizer_step {optimizer_step}, effective_batch_size "
-            f"{effective_batch_size}, "
-            f"{num_samples} samples; expected a step from 0 and at least one of the others"
+            f"{effective_batch_size}, {num_samples} samples; expected a step from 0 and at least one "
+            "of the others"
         )
     first = optimizer_step * effective_batch_size
     positions = range(first, first + effective_batch_size)

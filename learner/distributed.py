@@ -83,8 +83,8 @@ class Ranks:
         return values
 
     def broadcast(self, value: Any, *, what: str, timeout_s: float | None = None) -> Any:
-        """Return the JSON ``value`` of rank 0 on every rank; the others' value is ignored. Errors as
-        ``gather``.
+        """Return the JSON ``value`` of rank 0 on every rank; the
+        others' value is ignored. Errors as ``gather``.
         """
         return self.gather(value if self.is_first else None, what=what, timeout_s=timeout_s)[0]
 
@@ -113,8 +113,8 @@ class Ranks:
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replace each gradient by its sum over the ranks; a missing gradient counts as zero.
 
-        One flat all-reduce per bucket of at most 64 MiB, in parameter order. Raises RunStopped when a rank
-        is lost.
+        One flat all-reduce per bucket of at most 64 MiB, in parameter
+        order. Raises RunStopped when a rank is lost.
         """
         for parameter in parameters:
             if parameter.grad is None:
@@ -226,8 +226,7 @@ class Ranks:
     def _raise_store_lost(self, exc: RuntimeError) -> NoReturn:
         raise DeadlinePassed(
             f"rank {self.rank}: the rendezvous store is gone, so the process that hosts it (rank 0, or "
-            "torchrun) "
-            f"has died ({exc}); resume from the last checkpoint"
+            f"torchrun) has died ({exc}); resume from the last checkpoint"
         ) from exc
 
 

@@ -1,7 +1,7 @@
 """Validation metrics from evaluation results: micro counts over all images, then COCO mAP.
 
-Pure: it reads the plain maps that the matcher makes of greedy rollouts; it never packs, trains or generates
-[P-12].
+Pure: it reads the plain maps that the matcher makes of greedy
+rollouts; it never packs, trains or generates [P-12].
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ class LossSettings:
         if len(self.coord_ids) != NUM_BINS or len(set(self.coord_ids)) != NUM_BINS or min(self.coord_ids) < 0:
             raise DataError(
                 f"loss settings: got {len(self.coord_ids)} coordinate ids, {len(set(self.coord_ids))} "
-                "distinct, "
-                f"expected {NUM_BINS} distinct ids >= 0 in bin order"
+                f"distinct, expected {NUM_BINS} distinct ids >= 0 in bin order"
             )
         for name in ("target_sigma", "temperature_coord"):
             if not getattr(self, name) > 0:
@@ -59,8 +58,8 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentLosses:
-    """Losses of N segments, each (N,) float32 (float64 for float64 logits); only ``total`` is meant to be
-    trained.
+    """Losses of N segments, each (N,) float32 (float64 for float64
+    logits); only ``total`` is meant to be trained.
 
     ``ce``: weighted mean over the segment's cross-entropy tokens, ``slot``: mean over its slots; 0 for
     none. ``slot_prefix``, ``slot_tail``: sums of slot losses of matched prefix slots and of appended ones;
@@ -96,8 +95,8 @@ def segment_losses(
 
 
 def supervised_losses(logits: Tensor, supervision: RowSupervision, settings: LossSettings) -> SegmentLosses:
-    """Return the losses of one row from the logits that ``supervision`` indexes, (T, V) or only the kept
-    (P, V).
+    """Return the losses of one row from the logits that
+    ``supervision`` indexes, (T, V) or only the kept (P, V).
 
     Formulas: ROLLOUT_MATCHING section 8. Errors as ``segment_losses``.
     """

@@ -26,8 +26,8 @@ LOSS_TERMS: Final = {
 
 
 class LearnerMetrics:
-    """Counts of one learner process. Label values: kinds A and B, loss terms, claim reasons, M-12 counter
-    names.
+    """Counts of one learner process. Label values: kinds A and B,
+    loss terms, claim reasons, M-12 counter names.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:

@@ -1,5 +1,5 @@
-"""AdamW and its learning rate as a pure function of the optimizer step, so that a resume needs no scheduler
-state.
+"""AdamW and its learning rate as a pure function of the optimizer
+step, so that a resume needs no scheduler state.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SHARE: Final = "share_of_learning_rate"
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationSettings:
-    """``learning_rate``: its peak. ``warmup_steps``: optimizer steps of linear rise. ``schedule``: what
-    follows.
+    """``learning_rate``: its peak. ``warmup_steps``: optimizer steps
+    of linear rise. ``schedule``: what follows.
 
     ``max_steps_course``: (from this step on, max_steps) of a run that was made longer or shorter on its way:
     each step follows the one that was in force at it; empty: ``max_steps`` throughout.
@@ -45,14 +45,14 @@ class OptimizationSettings:
         if self.learning_rate <= 0 or self.max_steps < 1 or self.warmup_steps < 0 or self.max_grad_norm < 0:
             raise ValueError(
                 f"optimization: got learning_rate {self.learning_rate}, max_steps {self.max_steps}, "
-                "warmup_steps "
-                f"{self.warmup_steps}, max_grad_norm {self.max_grad_norm}; expected > 0, >= 1, >= 0, >= 0"
+                f"warmup_steps {self.warmup_steps}, max_grad_norm {self.max_grad_norm}; "
+                "expected > 0, >= 1, >= 0, >= 0"
             )
 
 
 def learning_rate_at(optimizer_step: int, settings: OptimizationSettings) -> float:
-    """Return the learning rate of optimizer step ``optimizer_step`` (from 0); past ``max_steps`` its last
-    value.
+    """Return the learning rate of optimizer step ``optimizer_step``
+    (from 0); past ``max_steps`` its last value.
     """
     if optimizer_step < settings.warmup_steps:
         return settings.learning_rate * (optimizer_step + 1) / settings.warmup_steps
@@ -76,8 +76,8 @@ def _max_steps_at(optimizer_step: int, settings: OptimizationSettings) -> int:
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizationSettings
 ) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; weight decay is for matrices only, not for norms and
-    biases.
+    """Return AdamW over the trainable parameters; weight decay is
+    for matrices only, not for norms and biases.
     """
     by_share: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:

@@ -12,12 +12,9 @@ from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
 from learner.ports import LearnerBroker
+from learner.stall_limits import StallLimits
 
-AWAY_SHARE: Final = 0.8
-"""Part of the deadline after which a rank gives up, so that the others hear its reason before their own."""
 ASK_AGAIN_S: Final = 0.2
-# torchrun kills a rank 30 s after it asked it to end
-STOPPING_LIMIT_S: Final = 10.0
 Answer = TypeVar("Answer")
 
 
@@ -39,7 +36,7 @@ class PatientBroker:
         is_stopping: Callable[[], bool],
     ) -> None:
         self._broker = broker
-        self._limit_s = AWAY_SHARE * stall_timeout_s
+        self._limits = StallLimits(total_s=stall_timeout_s)
         self._clock = clock
         self._pause = pause
         self._is_stopping = is_stopping
@@ -83,7 +80,8 @@ class PatientBroker:
             except (BrokerUnavailable, BrokerFull) as exc:
                 now = self._clock()
                 away_since = now if away_since is None else away_since
-                limit_s = min(self._limit_s, STOPPING_LIMIT_S) if self._is_stopping() else self._limit_s
+                limits, is_stopping = self._limits, self._is_stopping()
+                limit_s = limits.broker_away_while_stopping_s if is_stopping else limits.broker_away_s
                 if now - away_since >= limit_s:
                     raise broker_away(exc, limit_s) from exc
             self._pause(ASK_AGAIN_S)

@@ -1,7 +1,7 @@
 """Attention functions for transformers that never leave a segment: its borders are where positions are 0.
 
-Each takes a packed row without any mask; with a mask or a cache, as in generation, transformers' own sdpa
-runs.
+Each takes a packed row without any mask; with a mask or a cache,
+as in generation, transformers' own sdpa runs.
 
 Shapes: B batch, T tokens, N heads, D head width.
 """

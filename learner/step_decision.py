@@ -12,11 +12,10 @@ from learner.distributed import Ranks
 from learner.patient_broker import broker_away
 from learner.ports import LearnerBroker
 from learner.schedule import is_rollout_step
+from learner.stall_limits import StallLimits
 from learner.stop_request import StopRequest
 
 ASK_AGAIN_S: Final = 0.05
-FIRST_RANK_SHARE: Final = 0.9
-"""Part of the deadline after which rank 0 gives up, so that the others hear its reason before their own."""
 
 
 def scheduled_kind(optimizer_step: int, b_ratio: str) -> Literal["A", "B"]:
@@ -70,7 +69,7 @@ def decide_step(
             b_ratio,
             broker,
             stop,
-            stall_timeout_s * FIRST_RANK_SHARE,
+            StallLimits(total_s=stall_timeout_s).decision_s,
             clock,
             num_taken,
         )

@@ -1,5 +1,5 @@
-"""What is reported of one optimizer step: each rank's part, the sum over ranks, and the row of the training
-log.
+"""What is reported of one optimizer step: each rank's part, the
+sum over ranks, and the row of the training log.
 """
 
 from __future__ import annotations

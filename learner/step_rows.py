@@ -29,8 +29,8 @@ class LoadedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RowSources:
-    """Where rows come from. ``ground_truth`` may be None where no A step can be, ``pixels`` where no B step
-    can.
+    """Where rows come from. ``ground_truth`` may be None where no A
+    step can be, ``pixels`` where no B step can.
     """
 
     broker: LearnerBroker
@@ -118,8 +118,7 @@ class RowLoader:
         if foreign or lengths != list(pack.lengths):
             raise DataError(
                 f"pack {pack.pack_id}: got segment lengths {lengths} and segments {foreign} that are not "
-                "of channel B, "
-                f"expected lengths {list(pack.lengths)} and channel B only"
+                f"of channel B, expected lengths {list(pack.lengths)} and channel B only"
             )
         source = self._sources.pixels
         if source is None:
@@ -171,6 +170,5 @@ class RowLoader:
                 raise DataError(
                     f"sample {segment.sample_id}: {segment.encoded_length} tokens, expected at most "
                     f"{self._capacity_tokens} (training.global_max_length); raise it, lower "
-                    "model.image.max_pixels "
-                    "or take the sample out"
+                    "model.image.max_pixels or take the sample out"
                 )

@@ -39,11 +39,11 @@ class RowSupervision:
         return len(self.record_ids)
 
     def on_kept_rows(self) -> tuple[Tensor, RowSupervision]:
-        """Return the row positions (P,) that predict something, rising, and the same supervision over only
-        those.
+        """Return the row positions (P,) that predict something,
+        rising, and the same supervision over only those.
 
-        Logits computed at these positions alone (``logits_to_keep``) are what the returned supervision
-        indexes.
+        Logits computed at these positions alone (``logits_to_keep``)
+        are what the returned supervision indexes.
         """
         kept = torch.unique(torch.cat([self.ce_rows, self.slot_rows]), sorted=True)
         return kept, RowSupervision(

@@ -192,8 +192,8 @@ class _Loop:
     def _in_step_with_all(self, rows: Iterator[PackedRow]) -> Iterator[PackedRow]:
         """Yield ``rows``, and where the model is sharded rows without loss until every rank has done its own.
 
-        Layers are gathered inside a forward pass, so all ranks must run the same number of them, each with
-        an image.
+        Layers are gathered inside a forward pass, so all ranks must run
+        the same number of them, each with an image.
         """
         if self._settings.sharding == "none":
             yield from rows

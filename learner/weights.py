@@ -18,8 +18,8 @@ PREFIX: Final = "v"
 
 
 def policy_version_at(optimizer_step: int, sync_every_steps: int) -> int:
-    """Return the policy version that is current while optimizer step ``optimizer_step`` is decided and
-    trained.
+    """Return the policy version that is current while optimizer
+    step ``optimizer_step`` is decided and trained.
 
     Version 0 is published before step 0, version n after n·``sync_every_steps`` steps are done.
     """

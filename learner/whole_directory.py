@@ -18,8 +18,8 @@ READABLE: Final = 0o644
 
 @contextmanager
 def whole_directory(final: Path) -> Iterator[Path]:
-    """Yield an empty staging directory beside ``final``; on success it is synced to disk and renamed to
-    ``final``.
+    """Yield an empty staging directory beside ``final``; on success
+    it is synced to disk and renamed to ``final``.
 
     A ``final`` that exists is replaced. On an error the staging directory is removed and what was there
     before stays. Raises RunStopped naming path and remedy when the disk refuses.
@@ -46,8 +46,8 @@ def whole_directory(final: Path) -> Iterator[Path]:
 
 
 def numbered_directories(parent: Path, prefix: str) -> list[tuple[int, Path]]:
-    """Return (number, path) of the directories ``<prefix><number>`` in ``parent``, lowest first; none if
-    absent.
+    """Return (number, path) of the directories ``<prefix><number>``
+    in ``parent``, lowest first; none if absent.
     """
     if not parent.is_dir():
         return []
@@ -60,8 +60,8 @@ def numbered_directories(parent: Path, prefix: str) -> list[tuple[int, Path]]:
 
 
 def keep_last(parent: Path, prefix: str, num_kept: int, *, also: int | None = None) -> list[Path]:
-    """Remove all but the ``num_kept`` highest numbered directories and number ``also``; return what was
-    removed.
+    """Remove all but the ``num_kept`` highest numbered directories
+    and number ``also``; return what was removed.
     """
     older = numbered_directories(parent, prefix)[: -max(num_kept, 1)]
     removed = [path for number, path in older if number != also]

@@ -14,7 +14,7 @@ go stale in a skipped step. So what fills the packs of the first claim that can 
 wherever that claim has room for it; a few segments that do not get into them may then miss their bound.
 
 Exact selection lets a younger segment overtake an older one inside the pack buffer, though never the oldest;
-such a segment can miss its bound. It is then dropped as stale, counted, and its sample is asked for again.
+such a segment can miss its bound. It is then dropped as stale and counted.
 
 The aim. What is requested during step s is ready by step a(s); from the next claim until then each rank takes
 GA (B(a) - B(next claim)) packs. A pipeline of `prefetch_target_packs` and that many packs more leaves the
@@ -251,8 +251,8 @@ def _places(state: DemandState, settings: DemandSettings, segments_per_pack: flo
 
 
 def freshness_level(state: DemandState, settings: DemandSettings) -> int:
-    """Return how many packs per rank the whole pipeline may hold so that each is claimed fresh; 0 if none can
-    be.
+    """Return how many packs per rank the whole pipeline may hold so
+    that each is claimed fresh; 0 if none can be.
 
     A step at which nothing could be issued does not count among those of requests in flight.
     """
@@ -270,8 +270,8 @@ def freshness_level(state: DemandState, settings: DemandSettings) -> int:
 
 
 def _claimable_packs(requested_step: int, generation_steps: int, settings: DemandSettings) -> int:
-    """Packs per rank that the schedule claims while a rollout requested before this step is ready and
-    fresh."""
+    """Packs per rank that the schedule claims while a rollout
+    requested before this step is ready and fresh."""
     deadline_step = settings.claim_rule.deadline_step(requested_step)
     return _scheduled_packs(requested_step + generation_steps, deadline_step, settings)
 

@@ -1,5 +1,5 @@
-"""One stack, and one learner without a broker, per run folder: locks that the kernel releases at the end of
-their holder.
+"""One stack, and one learner without a broker, per run folder: locks
+that the kernel releases at the end of their holder.
 """
 
 from __future__ import annotations

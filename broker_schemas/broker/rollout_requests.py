@@ -88,8 +88,8 @@ def issue_requests(
 ) -> bool:
     """Open ``requests`` and move the data set position from ``cursor`` to ``next_cursor``, or do neither.
 
-    False: another dispatcher moved the position first. No lease runs before a worker takes a request.
-    Raises BrokerError.
+    False: another dispatcher moved the position first. No lease runs
+    before a worker takes a request. Raises BrokerError.
     """
     # the client repeats a call whose reply was lost: it must be known as the same call
     this_call = secrets.token_hex(8)

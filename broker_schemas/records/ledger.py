@@ -34,8 +34,8 @@ ALLOWED: Final[dict[Stage, tuple[Stage | None, ...]]] = {
 class RolloutHistory:
     """One rollout: where it is and what is known of it. Times are ms of the server's clock, -1 unknown.
 
-    ``asked_for_step`` is the step that asked for it (on-policy variants), ``optimizer_step`` the one that
-    claimed it.
+    ``asked_for_step`` is the step that asked for it (on-policy
+    variants), ``optimizer_step`` the one that claimed it.
     """
 
     record_id: str

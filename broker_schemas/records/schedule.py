@@ -14,8 +14,8 @@ class InvalidRatio(ValueError):
 
 
 def is_rollout_step(optimizer_step: int, b_ratio: ExactRatio) -> bool:
-    """Return whether optimizer step `optimizer_step` (from 0) is a B step: floor((s+1)r) > floor(s r),
-    exactly.
+    """Return whether optimizer step `optimizer_step` (from 0) is a
+    B step: floor((s+1)r) > floor(s r), exactly.
 
     `b_ratio` is r in [0, 1] as a decimal string, `Decimal`, `Fraction` or whole number; a float is refused,
     because 0.29 as a float is not 29/100 and the schedule would drift. Among any 1/r steps in a row the B

@@ -24,8 +24,8 @@ HoldServer = Callable[[str], AbstractContextManager[None]]
 def server_locks(broker: Broker, *, wait_s: float) -> HoldServer:
     """Return what holds the lock of the server at an address for the length of a ``with``.
 
-    A holder that dies loses it within 30 s. Raises ServerUnavailable when the lock is not free within
-    ``wait_s``, BrokerError.
+    A holder that dies loses it within 30 s. Raises ServerUnavailable when
+    the lock is not free within ``wait_s``, BrokerError.
     """
 
     @contextmanager

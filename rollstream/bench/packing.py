@@ -99,8 +99,8 @@ def run_packing_bench(seed: int = 0, quick: bool = False) -> PackingBenchReport:
 
 
 def sample_lengths(distribution: str, num_segments: int, seed: int) -> list[int]:
-    """Return encoded lengths in tokens: lognormal of mean 2,500, uniform 2,000 to 6,000, short (350) or
-    bimodal."""
+    """Return encoded lengths in tokens: lognormal of mean 2,500,
+    uniform 2,000 to 6,000, short (350) or bimodal."""
     generator = random.Random(f"{seed}:{distribution}")
     sigma = 0.6
     samplers: dict[str, Callable[[], float]] = {

@@ -101,8 +101,8 @@ class QueueBenchReport:
 def run_queue_bench(seed: int = 0, quick: bool = False) -> QueueBenchReport:
     """Measure the queue on a server of its own, without durability as the baseline has none.
 
-    ``quick`` repeats less and takes fewer records. ``seed`` fixes the records. Raises ConfigError without a
-    redis-server, BrokerError.
+    ``quick`` repeats less and takes fewer records. ``seed`` fixes the records.
+    Raises ConfigError without a redis-server, BrokerError.
     """
     rng = random.Random(seed)
     with _server() as url:

@@ -265,8 +265,8 @@ def train(broker: Broker, optimizer_step: int) -> None:
 
 
 def bytes_per_token(rng: random.Random) -> dict[str, float]:
-    """Return bytes per token of a rollout of 1,950 tokens, with and without log-probabilities, and of its
-    training segment.
+    """Return bytes per token of a rollout of 1,950 tokens, with and without
+    log-probabilities, and of its training segment.
     """
     (rollout,) = make_rollouts(rng, 1, num_tokens=1_950)
     num = len(rollout.prompt_token_ids) + len(rollout.response_token_ids)

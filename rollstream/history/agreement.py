@@ -61,8 +61,8 @@ def claim_faults(ledger: Ledger, open_claims: Collection[int]) -> list[str]:
 
 
 def training_log_faults(ledger: Ledger, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Compare the training log, one row a step, with the committed steps; without a row there is nothing to
-    compare.
+    """Compare the training log, one row a step, with the committed
+    steps; without a row there is nothing to compare.
 
     A step that a crashed broker lost is known by its row alone, and no fault.
     """

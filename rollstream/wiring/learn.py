@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -39,6 +39,7 @@ from learner.patient_broker import PatientBroker
 from learner.pixel_source import ProcessorPixelSource
 from learner.ports import Evaluate, LearnerBroker
 from learner.settings import EarlyStopSettings, LearnerSettings
+from learner.stall_limits import StallLimits
 from learner.step_report import LogRow
 from learner.step_rows import RowSources
 from learner.stop_request import StopRequest
@@ -51,7 +52,6 @@ from rollstream.wiring.vllm import rollout_chunk, server_sync
 
 LOG = logging.getLogger("rollstream.learner")
 # of the deadline: two tries (connecting, answering) fit between the end of a rank's patience and the deadline
-TRY_SHARE: Final = 0.05
 
 
 def loss_settings(config: RunConfig, prompts: PromptBuilder) -> LossSettings:
@@ -312,7 +312,7 @@ def impatient_broker(config: RunConfig) -> Broker:
     At the start it is waited for as usual; raises BrokerError.
     """
     address, run = access.broker_address(config), config.run.name
-    try_s = max(0.5, TRY_SHARE * config.stage2_async.stall_timeout_s)
+    try_s = StallLimits(total_s=config.stage2_async.stall_timeout_s).one_call_s
     Broker.connect(run, address, socket_timeout_s=try_s).close()
     quick = replace(address, retries=0)
     return Broker(open_redis(quick, socket_timeout_s=try_s), RunKeys(run), quick)

@@ -337,3 +337,21 @@ def test_no_regular_expression_relies_on_what_early_python_3_11_gets_wrong() -> 
         if isinstance(literal, ast.Constant) and POSSESSIVE.search(str(literal.value))
     )
     assert not offences, f"possessive or atomic groups match wrongly in early Python 3.11:\n{offences}"
+
+
+def leftovers(docstring: str) -> list[str]:
+    """Return second lines of two-line paragraphs that hold a word or two: a re-wrapping left them over."""
+    paragraphs = [part.splitlines() for part in docstring.split("\n\n")]
+    return [lines[1] for lines in paragraphs if len(lines) == 2 and len(lines[1].split()) <= 2]
+
+
+def test_no_docstring_ends_a_paragraph_on_a_word_or_two() -> None:
+    offences = listed(
+        f"{file.path}:{getattr(node, 'lineno', 1)} {line}"
+        for file in python_files(*PACKAGES)
+        for node in file.nodes
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        for line in leftovers(ast.get_docstring(node) or "")
+        if not line.lstrip().startswith(("-", "|"))
+    )
+    assert not offences, f"shorten the sentence, or divide it evenly:\n{offences}"

@@ -36,8 +36,8 @@ _SUFFIX_BY_FORMAT: Final = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP"
 def read_labelme(source: Path, options: ReadOptions) -> SourceContent:
     """Return the content of every labelme JSON under ``source``, in path order.
 
-    Folders named after splits decide, else ``options``. Raises DataError where no file under ``source`` is
-    labelme's.
+    Folders named after splits decide, else ``options``. Raises
+    DataError where no file under ``source`` is labelme's.
     """
     loaded = [(file, _load(file)) for file in sorted(source.rglob("*.json"))]
     files = [
