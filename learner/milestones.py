@@ -117,7 +117,9 @@ class Milestones:
         def write() -> None:
             started = self._parts.clock()
             self._parts.confirm()
-            path = weights.publish_weights(
+            path = weights.kept_policy(
+                settings.policy_dir, policy_version, state.optimizer_step, settings.sync_every_steps
+            ) or weights.publish_weights(
                 settings.policy_dir,
                 trained=self._trained,
                 tensors=tensors,

@@ -31,6 +31,18 @@ def is_publication_due(num_steps_done: int, sync_every_steps: int) -> bool:
     return num_steps_done % sync_every_steps == 0
 
 
+def kept_policy(parent: Path, policy_version: int, state_step: int, sync_every_steps: int) -> Path | None:
+    """Return the folder of a version that a run resumed between two publications has published already.
+
+    Its weights are those of the step at which it was published; the ones of ``state_step`` are later, and
+    under the same number they would be another policy than the one that rollouts were made with. None at the
+    step of the publication itself, or where the folder is gone.
+    """
+    path = parent / f"{PREFIX}{policy_version}"
+    is_between = policy_version * sync_every_steps != state_step
+    return path if is_between and path.is_dir() else None
+
+
 def publish_weights(
     parent: Path,
     *,

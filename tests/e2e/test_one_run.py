@@ -48,7 +48,7 @@ def test_going_on_with_another_past_is_refused_and_a_longer_run_keeps_its_own(pr
     assert learn(program, cosine, steps=3).returncode == 0
     first = latest_steps(read_json_lines(folder.train_log))
     resolved = folder.resolved_config.read_text()
-    other = program.workdir / "other.jsonl"
+    other = program.scenes / "other.jsonl"
     other.write_text("".join((program.scenes / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
 
     for change, says in (
