@@ -240,11 +240,14 @@ class QueueModel:
             self.ready[rank] = [pack for pack in packs if pack.policy_version >= oldest]
 
     def _take(self, num_packs: int | None) -> list[ModelPack]:
+        """Take every pack in order, or as many of each rank as asked: those that are stale soonest."""
         taken = []
         for rank, packs in enumerate(self.ready):
-            num = len(packs) if num_packs is None else num_packs
-            taken += packs[:num]
-            self.ready[rank] = packs[num:]
+            chosen = packs
+            if num_packs is not None:
+                chosen = sorted(packs, key=lambda pack: pack.policy_version)[:num_packs]
+            taken += chosen
+            self.ready[rank] = [pack for pack in packs if pack not in chosen]
         return taken
 
     def decide(self, step: int, packs: list[ModelPack], answer: StepClaim) -> None:
