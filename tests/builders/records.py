@@ -65,8 +65,5 @@ def a_descriptor(record_id: str = "r-1.0", **changes: Any) -> MatchedDescriptor:
         "record_id": record_id,
         "policy_version": 0,
         "encoded_length": 20,
-        "sample_id": "train-1",
-        "task": "bbox",
-        "generated_at_ms": 1_000,
     }
     return MatchedDescriptor(**{**fields, **changes})

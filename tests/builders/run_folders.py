@@ -77,6 +77,7 @@ def make_sample(second: int = 30, **changes: Any) -> dict[str, Any]:
         "rejected": {},
         "duplicates": 0,
         "lag_generated_mean": 0.4,
+        "demand_advice": "",
         "broker_bytes": 2_400_000,
         "roles": [
             {"role": "dispatcher", "index": 0, "state": "running", "pid": 101, "restarts": 0},

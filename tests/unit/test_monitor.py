@@ -90,6 +90,7 @@ def test_a_sample_counts_what_the_status_counts() -> None:
         "rejected": {"malformed": 1},
         "duplicates": 3,
         "lag_generated_mean": 0.25,
+        "demand_advice": "",
         "broker_bytes": 77,
     }
 
