@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from configs.removed_keys import REMOVED_KEYS, RemovedKey
@@ -70,13 +71,18 @@ def _removed_row(removed: RemovedKey) -> str:
 
 def property_schema(path: tuple[str, ...]) -> dict[str, Any]:
     """The JSON Schema of one key, references resolved on the way."""
-    root = RunConfig.model_json_schema()
+    root = _whole_schema()
     node = root
     for name in path:
         node = _resolved(root, node)
         node = _resolved(root, node["items"]) if "items" in node else node
         node = node["properties"][name]
     return node
+
+
+@cache
+def _whole_schema() -> dict[str, Any]:
+    return RunConfig.model_json_schema()
 
 
 def _resolved(root: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
