@@ -10,11 +10,10 @@ import typer
 from rich.console import Console
 
 from broker_schemas.errors import ConfigError
+from rollstream.commands.options import AsJson, Seed
 
 app = typer.Typer(no_args_is_help=True)
 Quick = Annotated[bool, typer.Option(help="a short look instead of a measurement")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
-Seed = Annotated[int, typer.Option(help="seed")]
 
 
 def _report(run: Callable[..., Any], seed: int, quick: bool, as_json: bool) -> None:

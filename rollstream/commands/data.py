@@ -10,13 +10,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from rollstream.commands.options import AsJson, ConfigPath, Overrides, Seed
+
 data_app = typer.Typer(no_args_is_help=True)
 model_app = typer.Typer(no_args_is_help=True)
 Destination = Annotated[Path, typer.Argument(help="folder to write")]
-ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
-Seed = Annotated[int, typer.Option(help="seed")]
 
 
 Kind = Annotated[

@@ -11,13 +11,10 @@ from rich.console import Console
 
 from broker_schemas.errors import ConfigError
 from rollstream.commands.loading import load_run
+from rollstream.commands.options import AsJson, ConfigPath, Index, Overrides
 
 if TYPE_CHECKING:
     from configs import RunConfig
-
-ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +35,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 def export(
     config: ConfigPath,
     overrides: Overrides = None,
-    index: Annotated[int, typer.Option(help="number of this process among those of its role")] = 0,
+    index: Index = 0,
 ) -> None:
     """Run the exporter: shows Prometheus what only the broker knows."""
     from rollstream.watch.export import run_exporter

@@ -27,6 +27,7 @@ from rollstream.commands import security as cli_security
 from rollstream.commands import sweep as cli_sweep
 from rollstream.commands import vllm as cli_vllm
 from rollstream.commands.loading import load_run
+from rollstream.commands.options import ConfigPath, Index, Overrides
 
 if TYPE_CHECKING:
     from configs import RunConfig
@@ -51,11 +52,6 @@ cli_sweep.register(app)
 cli_security.register(app)
 cli_vllm.register(app)
 
-ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="override a key: a.b.c=value; may be given again")
-]
-Index = Annotated[int, typer.Option(help="number of this process among those of its role")]
 
 CONFIG_STATUS, STOPPED_STATUS, BROKER_STATUS, INTERRUPTED_STATUS, PIPE_STATUS = 2, 3, 4, 130, 141
 _REMEDIES: Final = {

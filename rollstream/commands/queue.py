@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-RunPath = Annotated[Path, typer.Argument(help="folder of the run, runs/<name>")]
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+from rollstream.commands.options import AsJson, RunPath
 
 
 def register(app: typer.Typer) -> None:

@@ -12,13 +12,10 @@ import typer
 from rich.console import Console
 
 from rollstream.commands.loading import load_run
+from rollstream.commands.options import AsJson, ConfigPath, Overrides, RunPath
 from rollstream.run_folder import RunFolder
 
-RunPath = Annotated[Path, typer.Argument(help="folder of the run, runs/<name>")]
-ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
 PIPED_COLUMNS = 160
-AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 
 
 def register(app: typer.Typer) -> None:

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rollstream.commands.options import Overrides
+
 ConfigPath = Annotated[Path, typer.Argument(help="the YAML file that every cell starts from")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
 
 
 def register(app: typer.Typer) -> None:

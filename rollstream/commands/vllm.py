@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from broker_schemas.errors import ConfigError
+from rollstream.commands.options import ConfigPath, Overrides
 
 serve_app = typer.Typer(no_args_is_help=True)
-ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="override a key: a.b.c=value")]
 Index = Annotated[int | None, typer.Option(help="start this server alone, counted from 0")]
 Host = Annotated[str | None, typer.Option(help="interface to listen on; default as base_url says")]
 Gpus = Annotated[str | None, typer.Option(help="GPU numbers such as 0,1 instead of devices.rollout_gpus")]
