@@ -38,7 +38,7 @@ class RawEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchVerdict:
-    """What becomes of one rollout. ``text`` is the reason, ``detail`` one line; payloads as outcome needs."""
+    """What becomes of one rollout. ``reason`` is one word, ``detail`` one line; payloads as outcome needs."""
 
     entry: RawEntry
     outcome: Literal["matched", "evaluated", "dropped", "rejected"]
