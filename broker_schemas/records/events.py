@@ -4,6 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class PushedRow(NamedTuple):
+    """One rollout of a `pushed` event; lengths in tokens, times in ms of the producer's clock."""
+
+    record_id: str
+    policy_version: int
+    request_id: str
+    num_tokens: int
+    task: str
+    sample_id: str
+    generated_at_ms: int
+    purpose: str
+    optimizer_step: int
+
+
+class MatchedRow(NamedTuple):
+    """One segment of a `matched` event; its length in tokens."""
+
+    record_id: str
+    encoded_length: int
+
+
+class RejectedRow(NamedTuple):
+    """One record of a `rejected` event."""
+
+    record_id: str
+    reason: str
+
+
+class ClaimedPack(NamedTuple):
+    """One pack of a `claimed` event, with the lowest version and the ids of its segments in order."""
+
+    rank: int
+    pack_id: str
+    policy_version: int
+    record_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +66,29 @@ class LogEvent:
     def ids(self, name: str = "ids") -> list[str]:
         return self.text(name).split()
 
-    def rows(self, name: str) -> list[list[str]]:
-        """Return a field of lines as rows of columns; empty for an empty field."""
+    def pushed_rows(self) -> list[PushedRow]:
+        """Return the rollouts of a `pushed` event."""
+        return [
+            PushedRow(name, int(version), request, int(tokens), task, sample, int(at_ms), purpose, int(step))
+            for name, version, request, tokens, task, sample, at_ms, purpose, step in self._rows("records")
+        ]
+
+    def matched_rows(self) -> list[MatchedRow]:
+        """Return the segments of a `matched` event."""
+        return [MatchedRow(name, int(length)) for name, length in self._rows("records")]
+
+    def rejected_rows(self) -> list[RejectedRow]:
+        """Return the records of a `rejected` event."""
+        return [RejectedRow(name, reason) for name, reason in self._rows("records")]
+
+    def claimed_packs(self) -> list[ClaimedPack]:
+        """Return the packs of a `claimed` event, by rank in micro-step order; none for an A step."""
+        return [
+            ClaimedPack(int(rank), pack_id, int(version), tuple(ids.split()))
+            for rank, pack_id, version, ids in self._rows("packs")
+        ]
+
+    def _rows(self, name: str) -> list[list[str]]:
         return [line.split("\t") for line in self.text(name).split("\n") if line]
 
 

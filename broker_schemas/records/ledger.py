@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from broker_schemas.records.events import LogEvent
+from broker_schemas.records.events import ClaimedPack, LogEvent
 from broker_schemas.records.packs import ClaimReason
 from broker_schemas.records.records import Channel
 
@@ -65,7 +65,7 @@ class StepHistory:
     reason: ClaimReason
     policy_version: int
     claimed_at_ms: int
-    packs: tuple[tuple[int, str, int, tuple[str, ...]], ...]
+    packs: tuple[ClaimedPack, ...]
     short_ranks: tuple[int, ...]
 
 
@@ -129,19 +129,18 @@ def _requested(ledger: Ledger, event: LogEvent) -> None:
 
 
 def _pushed(ledger: Ledger, event: LogEvent) -> None:
-    for record_id, version, request_id, num_tokens, task, sample_id, generated, purpose, step in event.rows(
-        "records"
-    ):
-        item = ledger.move(record_id, "pushed", event)
-        item.asked_for_step = int(step)
-        item.policy_version, item.num_tokens = int(version), int(num_tokens)
-        item.request_id, item.task, item.sample_id, item.purpose = request_id, task, sample_id, purpose
-        item.generated_at_ms, item.pushed_at_ms = int(generated), event.at_ms
+    for row in event.pushed_rows():
+        item = ledger.move(row.record_id, "pushed", event)
+        item.asked_for_step = row.optimizer_step
+        item.policy_version, item.num_tokens = row.policy_version, row.num_tokens
+        item.request_id, item.task = row.request_id, row.task
+        item.sample_id, item.purpose = row.sample_id, row.purpose
+        item.generated_at_ms, item.pushed_at_ms = row.generated_at_ms, event.at_ms
 
 
 def _matched(ledger: Ledger, event: LogEvent) -> None:
-    for record_id, encoded_length in event.rows("records"):
-        ledger.move(record_id, "matched", event).encoded_length = int(encoded_length)
+    for record_id, encoded_length in event.matched_rows():
+        ledger.move(record_id, "matched", event).encoded_length = encoded_length
 
 
 def _evaluated(ledger: Ledger, event: LogEvent) -> None:
@@ -150,7 +149,7 @@ def _evaluated(ledger: Ledger, event: LogEvent) -> None:
 
 
 def _rejected(ledger: Ledger, event: LogEvent) -> None:
-    for record_id, reason in event.rows("records"):
+    for record_id, reason in event.rejected_rows():
         if record_id not in ledger.rollouts:  # bytes that no push of ours brought: accounted for on their own
             ledger.rollouts[record_id] = RolloutHistory(
                 record_id=record_id, stage="pushed", purpose="foreign"
@@ -177,8 +176,8 @@ def _packed(ledger: Ledger, event: LogEvent) -> None:
 
 def _claimed(ledger: Ledger, event: LogEvent) -> None:
     step = _step_of(event)
-    for _, _, _, record_ids in step.packs:
-        for record_id in record_ids:
+    for pack in step.packs:
+        for record_id in pack.record_ids:
             ledger.move(record_id, "claimed", event).optimizer_step = step.optimizer_step
     if step.optimizer_step in ledger.steps:
         ledger.faults.append(
@@ -195,14 +194,13 @@ def _undone(ledger: Ledger, event: LogEvent) -> None:
 
 
 def _step_of(event: LogEvent) -> StepHistory:
-    rows = event.rows("packs")
     return StepHistory(
         optimizer_step=event.number("optimizer_step"),
         kind="B" if event.text("kind") == "B" else "A",
         reason=event.text("reason"),  # type: ignore[arg-type]
         policy_version=event.number("policy_version"),
         claimed_at_ms=event.at_ms,
-        packs=tuple((int(rank), name, int(version), tuple(ids.split())) for rank, name, version, ids in rows),
+        packs=tuple(event.claimed_packs()),
         short_ranks=tuple(int(rank) for rank in event.ids("short")),
     )
 
@@ -216,8 +214,8 @@ def _committed(ledger: Ledger, event: LogEvent) -> None:
             f"event {event.event_id}: optimizer step {optimizer_step} was committed and never claimed"
         )
         return
-    for _, _, _, record_ids in step.packs:
-        for record_id in record_ids:
+    for pack in step.packs:
+        for record_id in pack.record_ids:
             ledger.move(record_id, "trained", event)
 
 

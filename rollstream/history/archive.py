@@ -122,8 +122,8 @@ class ArchiveWriter:
             name
             for event in events
             if event.kind == "claimed"
-            for _, _, _, ids in event.rows("packs")
-            for name in ids.split()
+            for pack in event.claimed_packs()
+            for name in pack.record_ids
         ]
         if not claimed:
             return []

@@ -41,7 +41,9 @@ class GeneratedLag:
             if event.kind == "policy_published":
                 self._policy_version = max(self._policy_version, event.number("policy_version"))
             elif event.kind == "pushed":
-                self._lags.extend(max(self._policy_version - int(row[1]), 0) for row in event.rows("records"))
+                self._lags.extend(
+                    max(self._policy_version - row.policy_version, 0) for row in event.pushed_rows()
+                )
 
     @property
     def mean(self) -> float | None:

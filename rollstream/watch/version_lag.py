@@ -31,13 +31,13 @@ class VersionLag:
         if event.kind == "policy_published":
             self._policy_version = max(self._policy_version, event.number("policy_version"))
         elif event.kind == "pushed":
-            for row in event.rows("records"):
-                self._note("generated", self._policy_version - int(row[1]))
+            for row in event.pushed_rows():
+                self._note("generated", self._policy_version - row.policy_version)
         elif event.kind == "packed":
             self._note("packed", self._policy_version - event.number("policy_version"))
         elif event.kind == "claimed":
-            for row in event.rows("packs"):
-                self._note("claimed", event.number("policy_version") - int(row[2]))
+            for pack in event.claimed_packs():
+                self._note("claimed", event.number("policy_version") - pack.policy_version)
 
     def _note(self, stage: str, lag_versions: int) -> None:
         self._lags[stage][max(lag_versions, 0)] += 1

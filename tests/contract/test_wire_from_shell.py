@@ -97,9 +97,9 @@ def test_pushed_again_it_is_a_duplicate_and_the_log_tells_it_once(
     assert run_document(real_broker, redis_url) == ["duplicate"]
 
     rows = [
-        row for event in read_events(real_broker) if event.kind == "pushed" for row in event.rows("records")
+        row for event in read_events(real_broker) if event.kind == "pushed" for row in event.pushed_rows()
     ]
-    assert [row[0] for row in rows] == ["shell-1"]
+    assert [row.record_id for row in rows] == ["shell-1"]
     assert read_status(real_broker, 1).total("duplicates") == 1
 
 

@@ -48,7 +48,10 @@ def make_status(**changes: Any) -> RunStatus:
 
 
 def pushed(*versions: int) -> LogEvent:
-    lines = "\n".join(f"r{number}\t{version}\t\t9" for number, version in enumerate(versions))
+    lines = "\n".join(
+        f"r{number}\t{version}\t\t9\tbbox\ts-{number}\t0\ttrain\t-1"
+        for number, version in enumerate(versions)
+    )
     return LogEvent(event_id="1-0", kind="pushed", fields={"records": lines.encode()})
 
 
