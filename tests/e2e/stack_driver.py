@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from configs import load_config
+from rollstream.models.shipped import SHIPPED_MODEL
 from rollstream.run_folder import RunFolder
 from rollstream.stack.plan import LaunchSettings, RoleName
 from rollstream.stack.restart_policy import RestartSettings
@@ -22,7 +23,6 @@ from rollstream.stack.running import StackOptions, StackResult, run_stack
 from tests.builders.configs import PROJECT_ROOT, make_mapping, write_file
 
 QUICK = RestartSettings(first_delay_s=0.02, longest_delay_s=0.1)
-MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json")
 
 
 @dataclass
@@ -40,10 +40,6 @@ class FakeStack:
     @property
     def config_path(self) -> Path:
         """Write the configuration with the files it names, and return its path."""
-        model = self.root / "model"
-        model.mkdir(exist_ok=True)
-        for path in (model / name for name in MODEL_FILES):
-            path.write_text("{}\n", encoding="utf-8")
         Image.new("RGB", (8, 8)).save(self.root / "image.png")
         sample = {"images": ["image.png"], "width": 8, "height": 8, "objects": []}
         (self.root / "train.jsonl").write_text(json.dumps(sample) + "\n", encoding="utf-8")
@@ -51,7 +47,7 @@ class FakeStack:
             run__output_dir=str(self.root / "runs"),
             data__train_jsonl=str(self.root / "train.jsonl"),
             data__val_jsonl=None,
-            model__name_or_path=str(model),
+            model__name_or_path=str(SHIPPED_MODEL),
             **self.settings,
         )
         return write_file(self.root, mapping)
