@@ -15,6 +15,8 @@ from broker_schemas.broker.connection import BrokerAddress
 from broker_schemas.broker.keys import RunKeys
 from tests.contract.queue_machine import QueueMachine
 
+pytestmark = pytest.mark.timeout(400)  # several learners, on a machine that may be busy
+
 RUN_NUMBERS = itertools.count()
 
 

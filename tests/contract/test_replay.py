@@ -29,6 +29,8 @@ from rollstream.wiring.learn import channel_a_source
 from tests.builders.configs import make_mapping, write_file
 from tests.builders.records import a_rollout
 
+pytestmark = pytest.mark.timeout(400)  # several learners, on a machine that may be busy
+
 NUM_STEPS, PACKS_PER_STEP = 4, 2
 
 

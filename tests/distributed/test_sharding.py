@@ -19,7 +19,7 @@ from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_f
 from tests.builders.learners import tiny_model
 from tests.distributed.rank_processes import meet, run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
 
 

@@ -23,7 +23,7 @@ from tests.builders.learner_fakes import FakeBroker
 from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for
 from tests.distributed.rank_processes import meet, run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
 
 

@@ -17,6 +17,8 @@ from tests.builders.learner_fakes import FakeBroker
 from tests.builders.learner_runs import one_rank, run_one, settings_for
 from tests.builders.learners import tiny_model
 
+pytestmark = pytest.mark.timeout(400)  # several learners, on a machine that may be busy
+
 torch.set_num_threads(1)
 NUM_STEPS = 100
 
