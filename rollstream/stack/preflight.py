@@ -48,17 +48,18 @@ def check_inputs(config: RunConfig) -> Untrainable:
 
 def _check_servers(config: RunConfig) -> None:
     """Ask the run's server, and that of its jobs, what they are; raises ConfigError, BrokerError."""
-    checks = [(access.broker_address(config), check_keeps_everything)]
+    embedded = "correct broker.url, or leave it out for an embedded one"
+    beside = "correct broker.jobs_url, or leave it out to keep jobs on the broker"
+    checks = [(access.broker_address(config), check_keeps_everything, embedded)]
     if config.b_ratio > 0:
-        checks.append((access.jobs_address(config), check_takes_jobs))
-    for address, check in checks:
+        remedy = beside if config.broker.jobs_url else embedded
+        checks.append((access.jobs_address(config), check_takes_jobs, remedy))
+    for address, check, remedy in checks:
         client = open_redis(dataclasses.replace(address, retries=1), socket_timeout_s=5.0)
         try:
             check_server(client, address)
             check(client, address)
         except BrokerUnavailable as exc:
-            raise BrokerUnavailable(
-                f"{exc}; start that server, correct its URL, or leave broker.url out for an embedded one"
-            ) from exc
+            raise BrokerUnavailable(f"{exc}; start that server, {remedy}") from exc
         finally:
             client.close()

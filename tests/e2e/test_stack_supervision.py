@@ -300,6 +300,16 @@ def test_a_broker_that_nobody_runs_is_refused_with_its_address_and_a_remedy(tmp_
     assert "start that server, correct broker.url" in message
 
 
+def test_a_server_of_jobs_that_nobody_runs_is_refused_by_the_name_of_its_own_key(
+    tmp_path: Path, redis_url: str
+) -> None:
+    jobs_url = f"redis://127.0.0.1:{free_loopback_port()}/0"
+    settings = {"broker__url": redis_url, "broker__jobs_url": jobs_url}
+    message = refusal(FakeStack(tmp_path, settings=settings), BrokerUnavailable)
+    assert jobs_url in message
+    assert "start that server, correct broker.jobs_url" in message
+
+
 def test_a_broker_that_refuses_the_password_is_refused_without_showing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
