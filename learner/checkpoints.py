@@ -39,7 +39,7 @@ class TrainerState:
 
     ``dataset_position``: ground-truth places passed. ``best_f1``, ``best_step`` (steps done then) and
     ``evaluations_since_best`` serve early stopping; -1 before the first evaluation. ``run_id``: whose
-    checkpoint it is, empty where nobody said.
+    checkpoint it is, empty where nobody said. ``recent_kinds``: A or B for each of the last steps.
     """
 
     optimizer_step: int
@@ -50,6 +50,7 @@ class TrainerState:
     evaluations_since_best: int = 0
     totals: dict[str, float] = field(default_factory=dict)
     run_id: str = ""
+    recent_kinds: str = ""
 
 
 def write_checkpoint(

@@ -43,5 +43,8 @@ class GroundTruthOnlyBroker:
     def publish_policy(self, *, policy_version: int, optimizer_step: int, weights_path: str) -> None:
         """Do nothing: nobody follows the weights."""
 
+    def queue_status(self) -> None:
+        """There is no queue."""
+
     def close(self) -> None:
         """Do nothing: no connection is held."""

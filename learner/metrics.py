@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from broker_schemas.records.packs import StepClaim
 from broker_schemas.records.reasons import SKIP_REASONS
 from learner.step_report import LogRow, RankPart
+from learner.step_surroundings import REALISED_RATIO_STEPS
 
 _SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _FILLS: Final = (0.1, 0.25, 0.5, 0.65, 0.8, 0.9, 0.95, 0.98, 1.0)
@@ -73,7 +74,9 @@ class LearnerMetrics:
             registry=registry,
         )
         self._b_ratio = Gauge(
-            "rollstream_learner_b_step_ratio", "Realised share of B steps", registry=registry
+            "rollstream_learner_b_step_ratio",
+            f"Realised share of B steps over the last {REALISED_RATIO_STEPS}",
+            registry=registry,
         )
         self._lag = Histogram(
             "rollstream_learner_claim_lag_versions",
@@ -114,7 +117,7 @@ class LearnerMetrics:
             registry=registry,
         )
 
-    def on_step(self, claim: StepClaim, joined: RankPart, row: LogRow, *, b_step_ratio: float) -> None:
+    def on_step(self, claim: StepClaim, joined: RankPart, row: LogRow) -> None:
         """Note a trained step: its claim, what all ranks did, and its log row."""
         kind = claim.kind
         self._steps.labels(kind).inc()
@@ -124,7 +127,7 @@ class LearnerMetrics:
             self._loss.labels(kind, term).set(float(row[column]))
         if claim.reason not in ("schedule", "claimed"):
             self._skipped.labels(claim.reason).inc()
-        self._b_ratio.set(b_step_ratio)
+        self._b_ratio.set(float(row["b_step_ratio"]))
         self._grad_norm.set(float(row["grad_norm"]))
         self._learning_rate.set(float(row["learning_rate"]))
         self._step_seconds.observe(float(row["step_s"]))

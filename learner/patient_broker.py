@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
+from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
@@ -68,6 +69,9 @@ class PatientBroker:
                 policy_version=policy_version, optimizer_step=optimizer_step, weights_path=weights_path
             )
         )
+
+    def queue_status(self) -> RunStatus | None:
+        return self._ask(self._broker.queue_status)
 
     def close(self) -> None:
         self._broker.close()

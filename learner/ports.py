@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from broker_schemas.broker.status import RunStatus
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import SegmentPixels
@@ -43,6 +44,10 @@ class LearnerBroker(Protocol):
 
     def publish_policy(self, *, policy_version: int, optimizer_step: int, weights_path: str) -> None:
         """Make a policy version current; repeatable."""
+        ...
+
+    def queue_status(self) -> RunStatus | None:
+        """Return what the queue holds and has counted; None where there is no queue to look at."""
         ...
 
     def close(self) -> None:

@@ -94,5 +94,8 @@ def log_row(claim: StepClaim, joined: RankPart, update: StepUpdate, *, step_s: f
         row["packing/post_rollout_fill"] = row["fill"]
         row["packing/post_rollout_segments"] = sums.num_segments / max(sums.num_rows, 1)
         row["packing/post_rollout_selected_total_len"] = sums.num_tokens / max(sums.num_rows, 1)
-        row |= {f"rollout/{name}": count for name, count in sorted(joined.counters.items())}
+        counters = joined.counters
+        row |= {f"rollout/{name}": count for name, count in sorted(counters.items())}
+        row["rollout/match_rate"] = counters["matched"] / max(counters["ground_truth_objects"], 1)
+        row["rollout/truncated_share"] = counters["truncated"] / max(counters["rollouts"], 1)
     return row

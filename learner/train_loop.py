@@ -26,6 +26,7 @@ from learner.sharding import place_model
 from learner.step_decision import FilledPacks, decide_step, scheduled_kind
 from learner.step_report import RankPart, join_parts, log_row
 from learner.step_rows import LoadedRow, RowLoader
+from learner.step_surroundings import REALISED_RATIO_STEPS, queue_columns, realised_ratio
 from learner.train_step import StepUpdate, run_micro_steps, update_weights
 from learner.trained_weights import TrainedWeights
 
@@ -218,9 +219,7 @@ class _Loop:
             self._rows.load_ahead(optimizer_step, policy_version)
 
     def _commit(self, claim: StepClaim, joined: RankPart, update: StepUpdate, step_s: float) -> None:
-        totals = dict(self._state.totals)
-        totals["steps"] = totals.get("steps", 0) + 1
-        totals["b_steps"] = totals.get("b_steps", 0) + (claim.kind == "B")
+        recent_kinds = (self._state.recent_kinds + claim.kind)[-REALISED_RATIO_STEPS:]
         done = claim.optimizer_step + 1
         num_in_step = self._rows.num_segments_in_step(claim)
         self._state = replace(
@@ -228,14 +227,16 @@ class _Loop:
             optimizer_step=done,
             policy_version=weights.policy_version_at(done, self._settings.sync_every_steps),
             dataset_position=done * num_in_step if claim.kind == "A" else self._state.dataset_position,
-            totals=totals,
+            recent_kinds=recent_kinds,
         )
         time_ms = int(self._parts.wall_clock() * 1000)
         row = log_row(claim, joined, update, step_s=step_s, time_ms=time_ms)
-        b_step_ratio = totals["b_steps"] / totals["steps"]
-        self._parts.metrics.on_step(claim, joined, row, b_step_ratio=b_step_ratio)
+        row |= realised_ratio(recent_kinds)
+        self._parts.metrics.on_step(claim, joined, row)
         if self._ranks.is_first:
-            self._parts.sources.broker.commit_step(optimizer_step=claim.optimizer_step, summary=row)
+            broker = self._parts.sources.broker
+            broker.commit_step(optimizer_step=claim.optimizer_step, summary=row)
+            row |= queue_columns(broker.queue_status(), claim.kind)
             if self._parts.log is not None:
                 self._parts.log.write(row)
             self._parts.on_step(row)

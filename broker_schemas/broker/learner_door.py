@@ -9,6 +9,7 @@ from typing import Final, Literal, cast
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.payloads import fetch_segments, read_filled_packs
 from broker_schemas.broker.policy import publish_policy
+from broker_schemas.broker.status import RunStatus, read_status
 from broker_schemas.errors import RunStopped
 from broker_schemas.records import codec
 from broker_schemas.records.freshness import oldest_allowed
@@ -124,6 +125,10 @@ class LearnerDoor:
             weights_path=weights_path,
             processor_fingerprint=self._settings.processor_fingerprint,
         )
+
+    def queue_status(self) -> RunStatus:
+        """Return depth, waiting records and the running sums of the log."""
+        return read_status(self._broker, self._settings.world_size)
 
     def close(self) -> None:
         self._broker.close()

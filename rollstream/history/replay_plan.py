@@ -154,5 +154,8 @@ class ArchivedClaims:
     def publish_policy(self, *, policy_version: int, optimizer_step: int, weights_path: str) -> None:
         """Do nothing: nobody follows a replay."""
 
+    def queue_status(self) -> None:
+        """There is no queue: what it held then is in the log of then."""
+
     def close(self) -> None:
         """Do nothing: no connection is held."""

@@ -40,6 +40,7 @@ TRAINING_LOG: Final = {
     "rollstream_learner_busy_seconds_total": "busy_s",
     "rollstream_learner_step_seconds": "step_s",
     "rollstream_b_step_skipped_due_to_queue_total": "reason",
+    "rollstream_learner_b_step_ratio": "b_step_ratio",
     "rollstream_learner_claim_lag_versions": "lag_claimed_mean, lag_claimed_max",
     "rollstream_learner_pack_fill_ratio": "fill",
     "rollstream_learner_rollout_objects_total": "rollout/&lt;counter&gt;",

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from broker_schemas.broker.status import RunStatus
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import SegmentPixels
@@ -66,6 +67,7 @@ class FakeBroker:
         self._answers_after = answers_after
         self._change_segment = change_segment
         self.num_asked = 0
+        self.status: RunStatus | None = None
         self.told: list[tuple[str, int]] = []
 
     def claim_step(
@@ -104,6 +106,9 @@ class FakeBroker:
 
     def publish_policy(self, *, policy_version: int, optimizer_step: int, weights_path: str) -> None:
         self._tell("publish", policy_version)
+
+    def queue_status(self) -> RunStatus | None:
+        return self.status
 
     def close(self) -> None:
         self._tell("close", 0)

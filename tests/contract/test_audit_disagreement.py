@@ -37,6 +37,8 @@ def run(tmp_path: Path, real_broker: Broker, redis_url: str, run_name: str) -> R
         claim = learner.claim_step(optimizer_step=step, scheduled_kind="B", policy_version=0)
         assert claim is not None
         learner.commit_step(optimizer_step=step, summary={"loss": 1.0})
+        status = learner.queue_status()
+        assert (status.ready_depths, status.matched_waiting) == ((0,), 0)
         rows.append({"optimizer_step": step, "kind": "B", "num_segments": claim.num_segments})
         archive.step(block_ms=1)
     learner.settle_checkpoint(optimizer_step=NUM_STEPS - 2)

@@ -13,6 +13,7 @@ from broker_schemas.records.packs import ReadyPack, StepClaim
 from consumers.metrics import MatcherMetrics, PackerMetrics
 from learner.metrics import LearnerMetrics
 from learner.step_report import RankPart, log_row
+from learner.step_surroundings import realised_ratio
 from learner.train_step import LossSums, StepUpdate
 from producers.metrics import DispatcherMetrics, ProducerMetrics
 from rollstream.history.archive_metrics import ArchiveMetrics
@@ -69,7 +70,7 @@ def drive_learner(metrics: LearnerMetrics) -> None:
     part = RankPart(sums=sums, lags=[1], fills=[0.9], busy_s=2.0, wait_s=1.0)
     part.counters.update({"matched": 4})
     row = log_row(claim, part, StepUpdate(grad_norm=1.5, learning_rate=1e-3), step_s=3.0, time_ms=1)
-    metrics.on_step(claim, part, row, b_step_ratio=0.5)
+    metrics.on_step(claim, part, row | realised_ratio("BA"))
     metrics.on_policy_published(3)
     metrics.on_evaluation({"eval_rollout_f1": 0.8})
     metrics.on_checkpoint(4)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import DeadlinePassed, NonFiniteLoss, RunStopped
 from broker_schemas.records.packs import StepClaim
 from broker_schemas.records.records import MatchedSegment
@@ -67,6 +68,28 @@ def test_an_f1_at_its_target_ends_the_run_with_a_checkpoint_that_knows_it(tmp_pa
         {"optimizer_step": 3, "eval_rollout_f1": 0.7},
     ]
     assert [row["optimizer_step"] for row in rows(tmp_path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.req("O-3")
+def test_the_log_says_what_the_queue_held_and_goes_on_counting_b_steps_after_a_resume(tmp_path: Path) -> None:
+    broker = FakeBroker(1)
+    broker.status = RunStatus(
+        policy_version=0,
+        ready_depths=(3,),
+        segments_waiting=0,
+        matched_waiting=2,
+        open_claims=1,
+        counters={"dropped:stale": 4},
+        open_step=None,
+    )
+    run_one(one_rank(), settings_for(tmp_path, "run", max_steps=2), broker)
+    run_one(one_rank(), settings_for(tmp_path, "run", max_steps=4), broker)
+    logged = rows(tmp_path)
+    assert [row["kind"] for row in logged] == ["A", "B", "A", "B"]
+    assert [row["b_step_ratio"] for row in logged] == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+    assert {row["queue/depth_0"] for row in logged} == {3}
+    assert {row["queue/dropped_stale"] for row in logged} == {4}
+    assert [row.get("packing/post_rollout_buffer") for row in logged] == [None, 2, None, 2]
 
 
 @pytest.mark.req("Q-7")

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import RunStopped
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from learner.metrics import LearnerMetrics
 from learner.step_report import RankPart, join_parts, log_row
+from learner.step_surroundings import queue_columns, realised_ratio
 from learner.train_step import LossSums, StepUpdate
 from learner.training_log import TrainingLog
 from rollstream.run_folder import read_json_lines
@@ -84,6 +86,41 @@ def test_a_steps_have_no_rollout_names() -> None:
     assert not [name for name in row_of("A") if "/" in name]
 
 
+@pytest.mark.req("O-3", "M-12")
+def test_a_row_says_how_many_objects_were_found_and_how_many_rollouts_were_cut_off() -> None:
+    found = part(counters=Counter(rollouts=4, truncated=1, matched=3, ground_truth_objects=5))
+    row = row_of("B", found, part(counters=Counter(rollouts=4, matched=3, ground_truth_objects=7)))
+    assert (row["rollout/match_rate"], row["rollout/truncated_share"]) == (0.5, 0.125)
+    nothing = row_of("B", part(counters=Counter()))
+    assert (nothing["rollout/match_rate"], nothing["rollout/truncated_share"]) == (0, 0)
+
+
+@pytest.mark.req("O-3", "P-11", "M-13")
+def test_a_row_says_what_the_queue_held_and_counted() -> None:
+    status = RunStatus(
+        policy_version=3,
+        ready_depths=(2, 0),
+        segments_waiting=1,
+        matched_waiting=7,
+        open_claims=0,
+        counters={"dropped:stale": 5, "claims:queue_short": 4},
+        open_step=None,
+    )
+    columns = queue_columns(status, "B")
+    assert (columns["queue/depth_0"], columns["queue/depth_1"]) == (2, 0)
+    assert (columns["queue/dropped_stale"], columns["queue/dropped_overflow"]) == (5, 0)
+    assert columns["queue/skipped_queue_short"] == 4
+    assert columns["packing/post_rollout_buffer"] == 7
+    assert queue_columns(status, "A").keys() == columns.keys() - {"packing/post_rollout_buffer"}
+    assert queue_columns(None, "B") == {}
+
+
+@pytest.mark.req("O-3")
+def test_the_realised_ratio_forgets_old_steps() -> None:
+    assert realised_ratio("BBAA") == {"b_step_ratio": 0.5}
+    assert realised_ratio("") == {"b_step_ratio": 0}
+
+
 @pytest.mark.req("M-10")
 def test_no_iou_is_in_a_row() -> None:
     assert not [name for name in row_of() if "iou" in name.lower()]
@@ -131,9 +168,11 @@ def test_metrics_count_steps_skips_objects_lag_and_time() -> None:
     registry = CollectorRegistry()
     metrics = LearnerMetrics(registry)
     joined = join_parts([part(), part()])
-    metrics.on_step(claim(), joined, row_of("B", part(), part()), b_step_ratio=0.5)
+    metrics.on_step(claim(), joined, row_of("B", part(), part()) | realised_ratio("BA"))
     skipped = claim("A", reason="queue_short", short_ranks=(1,))
-    metrics.on_step(skipped, join_parts([part(counters=Counter(), lags=[])]), row_of("A"), b_step_ratio=0.25)
+    metrics.on_step(
+        skipped, join_parts([part(counters=Counter(), lags=[])]), row_of("A") | realised_ratio("BAAA")
+    )
     metrics.on_policy_published(5)
     metrics.on_checkpoint(8)
     metrics.on_evaluation({"eval_rollout_f1": 0.75})
