@@ -8,6 +8,7 @@ from typing import Literal
 from broker_schemas.errors import RunStopped
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
+from learner.ports import FetchedPack
 
 
 class GroundTruthOnlyBroker:
@@ -33,6 +34,12 @@ class GroundTruthOnlyBroker:
         if record_ids:
             raise RunStopped(f"segments {list(record_ids)[:3]}: got a request without a queue to fetch from")
         return []
+
+    def fetch_coming(
+        self, rank: int, *, optimizer_step: int, policy_version: int, num_taken: int = 0
+    ) -> Sequence[FetchedPack]:
+        """There are none."""
+        return ()
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         """Do nothing: there is no queue to tell."""

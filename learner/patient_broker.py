@@ -12,7 +12,7 @@ from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
-from learner.ports import LearnerBroker
+from learner.ports import FetchedPack, LearnerBroker
 from learner.stall_limits import StallLimits
 
 ASK_AGAIN_S: Final = 0.2
@@ -21,7 +21,7 @@ Answer = TypeVar("Answer")
 
 class PatientBroker:
     """Waits for a broker that is away or full; ``claim_step`` and ``filled_packs`` are not waited for:
-    their caller has a deadline.
+    their caller has a deadline. Nor is ``fetch_coming``: its caller can do without.
 
     ``stall_timeout_s`` counts from the first call that failed since one worked. ``clock`` is monotonic.
     All methods raise DeadlinePassed naming the broker, and what the port raises.
@@ -56,6 +56,14 @@ class PatientBroker:
 
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         return self._ask(lambda: self._broker.fetch_segments(record_ids))
+
+    def fetch_coming(
+        self, rank: int, *, optimizer_step: int, policy_version: int, num_taken: int = 0
+    ) -> Sequence[FetchedPack]:
+        """Ask once; raises BrokerError, RecordError."""
+        return self._broker.fetch_coming(
+            rank, optimizer_step=optimizer_step, policy_version=policy_version, num_taken=num_taken
+        )
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         self._ask(lambda: self._broker.commit_step(optimizer_step=optimizer_step, summary=summary))

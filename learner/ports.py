@@ -13,12 +13,14 @@ from learner.collation import SegmentPixels
 Evaluate = Callable[[Any, int], dict[str, float]]
 """(model, optimizer steps done) -> metrics, keys of ROLLOUT_MATCHING section 10; called on rank 0."""
 
+FetchedPack = tuple[ReadyPack, list[MatchedSegment]]
+
 SyncServers = Callable[[int, str], None]
 """(policy version, folder of its weights): returns when the rollout servers hold them; raises RunStopped."""
 
 
 class LearnerBroker(Protocol):
-    """The learner's door to the queue. Every rank has one; all of them call only ``fetch_segments``."""
+    """The learner's door to the queue. Every rank has one; all of them call only what fetches."""
 
     def claim_step(
         self, *, optimizer_step: int, scheduled_kind: Literal["A", "B"], policy_version: int
@@ -32,6 +34,15 @@ class LearnerBroker(Protocol):
 
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         """Return the segments in the order asked."""
+        ...
+
+    def fetch_coming(
+        self, rank: int, *, optimizer_step: int, policy_version: int, num_taken: int = 0
+    ) -> Sequence[FetchedPack]:
+        """Return what the claim of a coming step would give a rank now, but for its first packs.
+
+        It moves and promises nothing; the claim may name other packs.
+        """
         ...
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:

@@ -142,7 +142,6 @@ class _Loop:
             return None
         part.busy_s = clock() - started - (part.wait_s - decided_in_s)
         part.is_stop_requested = self._parts.stop.is_set
-        self._load_ahead(claim.optimizer_step + 1)
         arrived = clock()
         what = f"micro-steps of optimizer step {claim.optimizer_step}"
         gathered = self._ranks.gather(part.to_body(), what=what)
@@ -162,7 +161,12 @@ class _Loop:
         """Run the micro-steps of a step from its first decision on; return its claim, None for a stop."""
         settings = self._settings
         seed_step(settings.seed, decision.optimizer_step, self._ranks.rank)
-        steps = StepRows(self._rows, self._ranks.rank, decide=lambda num: self._decide(num_taken=num))
+        steps = StepRows(
+            self._rows,
+            self._ranks.rank,
+            decide=lambda num: self._decide(num_taken=num),
+            then=lambda claim: self._load_ahead(claim.optimizer_step + 1),
+        )
         if isinstance(decision, StepClaim):
             num_segments = self._rows.num_segments_in_step(decision)
         else:
@@ -213,10 +217,11 @@ class _Loop:
         )
 
     def _load_ahead(self, optimizer_step: int) -> None:
-        is_scheduled = scheduled_kind(optimizer_step, self._settings.b_ratio) == "A"
-        if optimizer_step < self._settings.max_steps and is_scheduled:
-            policy_version = weights.policy_version_at(optimizer_step, self._settings.sync_every_steps)
-            self._rows.load_ahead(optimizer_step, policy_version)
+        if optimizer_step >= self._settings.max_steps:
+            return
+        is_ground_truth = scheduled_kind(optimizer_step, self._settings.b_ratio) == "A"
+        load = self._rows.load_ahead if is_ground_truth else self._rows.fetch_ahead
+        load(optimizer_step, weights.policy_version_at(optimizer_step, self._settings.sync_every_steps))
 
     def _commit(self, claim: StepClaim, joined: RankPart, update: StepUpdate, step_s: float) -> None:
         recent_kinds = (self._state.recent_kinds + claim.kind)[-REALISED_RATIO_STEPS:]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, cast
 
 from broker_schemas.broker.broker import Broker
-from broker_schemas.broker.payloads import fetch_segments, read_filled_packs
+from broker_schemas.broker.payloads import fetch_segments, read_coming_packs, read_filled_packs
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.status import RunStatus, read_status
 from broker_schemas.errors import RunStopped
@@ -89,11 +89,31 @@ class LearnerDoor:
 
     def filled_packs(self, optimizer_step: int) -> list[tuple[ReadyPack, ...]]:
         """Return, for each rank, the packs of the step that are ready already, in the order of its claim."""
-        return read_filled_packs(self._broker, optimizer_step, self._settings.world_size)
+        return read_filled_packs(self._broker, optimizer_step, range(self._settings.world_size))
 
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         """Return the payloads in the order asked."""
         return fetch_segments(self._broker, record_ids)
+
+    def fetch_coming(
+        self, rank: int, *, optimizer_step: int, policy_version: int, num_taken: int = 0
+    ) -> list[tuple[ReadyPack, list[MatchedSegment]]]:
+        """Return the packs, with their segments, that the claim of a coming step would give ``rank`` now.
+
+        Nothing is moved and nothing promised: the claim may name others. ``num_taken`` packs, the first of
+        the step, are left out. Raises RecordError too.
+        """
+        settings = self._settings
+        if settings.mode == "sealed":
+            packs = list(read_filled_packs(self._broker, optimizer_step, (rank,))[0])
+        else:
+            oldest = oldest_allowed(policy_version, settings.version_window)
+            packs = read_coming_packs(
+                self._broker, rank, oldest_policy_version=oldest, at_most=settings.packs_per_rank
+            )
+        wanted = packs[num_taken:]
+        segments = iter(self.fetch_segments([name for pack in wanted for name in pack.record_ids]))
+        return [(pack, [next(segments) for _ in pack.record_ids]) for pack in wanted]
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         """Record that the step was taken; said twice, the first stays.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
@@ -30,23 +31,48 @@ def fetch_segments(broker: Broker, record_ids: Sequence[str]) -> list[MatchedSeg
     return [MatchedSegment.decode_body(bytes(body)) for body in bodies if isinstance(body, bytes)]
 
 
-def read_filled_packs(broker: Broker, optimizer_step: int, world_size: int) -> list[tuple[ReadyPack, ...]]:
-    """Return, for each rank, the ready packs of an open step in the order of its claim; raises BrokerError.
+def read_coming_packs(
+    broker: Broker, rank: int, *, oldest_policy_version: int, at_most: int
+) -> list[ReadyPack]:
+    """Return the ready packs of ``rank`` that a claim would take now, in its order; raises BrokerError."""
+    keys = broker.keys
+    with broker_errors("looking for packs of the coming step"):
+        members: Any = broker.client.zrangebyscore(
+            keys.ready_versions(rank), oldest_policy_version, "+inf", start=0, num=at_most
+        )
+        pipe = broker.client.pipeline(transaction=False)
+        for member in members:
+            entry_id = entry_of(member)
+            pipe.xrange(keys.ready(rank), entry_id, entry_id)
+        found = pipe.execute()
+    return [_pack_of(fields) for entries in found for _, fields in entries]
 
-    They stay where they are: only the claim takes them.
+
+def entry_of(member: bytes) -> str:
+    """Return the stream entry that a member of ``ready:<rank>:versions`` names: see ``prelude.lua``."""
+    milliseconds, _, number = member.decode().partition("-")
+    return f"{milliseconds}-{int(number)}"
+
+
+def read_filled_packs(
+    broker: Broker, optimizer_step: int, ranks: Sequence[int]
+) -> list[tuple[ReadyPack, ...]]:
+    """Return, for each of ``ranks``, the ready packs of an open step in the order of its claim.
+
+    Raises BrokerError. They stay where they are: only the claim takes them.
     """
     keys = broker.keys
     with broker_errors("looking for packs of the open step"):
         pipe = broker.client.pipeline(transaction=False)
-        for rank in range(world_size):
+        for rank in ranks:
             pipe.xrange(keys.ready(rank))
         queues = pipe.execute()
     wanted = str(optimizer_step).encode()
     return [
-        tuple(
-            ReadyPack.from_body(codec.decode_map(fields[b"pack"]))
-            for _, fields in entries
-            if fields.get(b"step") == wanted
-        )
+        tuple(_pack_of(fields) for _, fields in entries if fields.get(b"step") == wanted)
         for entries in queues
     ]
+
+
+def _pack_of(fields: Mapping[bytes, bytes]) -> ReadyPack:
+    return ReadyPack.from_body(codec.decode_map(fields[b"pack"]))

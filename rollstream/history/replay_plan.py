@@ -15,6 +15,7 @@ from broker_schemas.records.ledger import Ledger, StepHistory
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
 from consumers.packing import SelectionMethod, select_pack
+from learner.ports import FetchedPack
 from rollstream.history.archive_reading import PayloadIndex, read_archived_events
 
 
@@ -144,6 +145,12 @@ class ArchivedClaims:
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         """Return archived payloads; raises DataError for one that is missing."""
         return self._payloads.fetch(record_ids)
+
+    def fetch_coming(
+        self, rank: int, *, optimizer_step: int, policy_version: int, num_taken: int = 0
+    ) -> Sequence[FetchedPack]:
+        """There are none: an archive is read when it is asked."""
+        return ()
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, Any]) -> None:
         """Do nothing: the step was committed when it was first trained."""

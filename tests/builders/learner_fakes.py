@@ -13,6 +13,7 @@ from broker_schemas.broker.status import RunStatus
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import ImageReference, MatchedSegment
 from learner.collation import SegmentPixels
+from learner.ports import FetchedPack
 from tests.builders.learners import make_pixels, make_segment
 
 PACKS_IN_STEP = 2
@@ -96,6 +97,12 @@ class FakeBroker:
 
     def fetch_segments(self, record_ids: Sequence[str]) -> list[MatchedSegment]:
         return [self._change_segment(rollout_segment(name)) for name in record_ids]
+
+    def fetch_coming(
+        self, rank: int, *, optimizer_step: int, policy_version: int, num_taken: int = 0
+    ) -> Sequence[FetchedPack]:
+        """There are none."""
+        return ()
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         self._tell("commit", optimizer_step)

@@ -196,8 +196,15 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     pack_all_but_one(brokers["packer"])
     assert read_policy(brokers["packer"]) is not None
 
+    in_order = LearnerDoor(brokers["learner"], ClaimSettings(world_size=1, packs_per_rank=3))
+    coming, others = (
+        tuple(pack for pack, _ in door.fetch_coming(0, optimizer_step=0, policy_version=0))
+        for door in (learner, in_order)
+    )
+    assert coming == others
     claim = learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
     assert claim is not None
+    assert coming == claim.packs[0]
     assert len(learner.fetch_segments(claim.record_ids)) == claim.num_segments
     learner.commit_step(optimizer_step=0, summary={"loss": 1.0})
     with server_locks(brokers["learner"], wait_s=5)("http://127.0.0.1:1"):
