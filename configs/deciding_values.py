@@ -56,6 +56,7 @@ _LEFT_OUT: Final = (
     "run.output_dir",
     "broker.url",
     "metrics",
+    "tracking",
     "data.train_jsonl",
     "model.name_or_path",
 )

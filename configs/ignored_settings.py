@@ -83,6 +83,11 @@ def _without_metrics(config: RunConfig) -> str | None:
     return None if config.metrics.base_port else "metrics.base_port is 0"
 
 
+def _without_project(config: RunConfig) -> str | None:
+    kinds = config.tracking.to
+    return None if "wandb" in kinds or "mlflow" in kinds else "tracking.to names neither wandb nor mlflow"
+
+
 def _without_decay(config: RunConfig) -> str | None:
     return "lr_scheduler is constant" if config.training.lr_scheduler == "constant" else None
 
@@ -132,6 +137,7 @@ IGNORED_SETTINGS: tuple[IgnoredSetting, ...] = (
         )
         for key in ("alpha", "dropout", "targets", "dora")
     ),
+    IgnoredSetting(prefix=("tracking", "project"), depends=("tracking", "to"), why=_without_project),
     IgnoredSetting(prefix=("metrics", "host"), depends=("metrics", "base_port"), why=_without_metrics),
 )
 

@@ -125,6 +125,15 @@ class MetricsSection(Section):
     """First port, each process takes one from there on; 0 = no endpoints."""
 
 
+class TrackingSection(Section):
+    """Trackers that receive the numbers of steps, evaluations and queue; none of them can hold up a run."""
+
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], Field(strict=False)] = ()
+    """Trackers, each an extra of the package: tensorboard, wandb, mlflow; empty = none."""
+    project: Text = "rollstream"
+    """Project (wandb) or experiment (mlflow) that the run appears in."""
+
+
 class ProducersSection(Section):
     """Rollout workers and their jobs."""
 

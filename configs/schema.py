@@ -20,6 +20,7 @@ from configs.run_sections import (
     ModelSection,
     ProducersSection,
     RunSection,
+    TrackingSection,
 )
 from configs.section import Section
 from configs.training_sections import Stage2AbSection, Stage2AsyncSection, TrainingSection
@@ -43,6 +44,7 @@ class RunConfig(Section):
     matchers: MatchersSection = Field(default_factory=MatchersSection)
     archive: ArchiveSection = Field(default_factory=ArchiveSection)
     metrics: MetricsSection = Field(default_factory=MetricsSection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
 
     _sources: Mapping[KeyPath, Source] = PrivateAttr(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""JSON lines of steps and of evaluations, one flat map each, and TensorBoard where it is installed."""
+"""JSON lines of steps and of evaluations, one flat map each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 from broker_schemas.errors import RunStopped
 
@@ -19,23 +19,18 @@ class TrainingLog:
     after a resume are written again.
     """
 
-    def __init__(self, path: Path, *, tensorboard_dir: Path | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file: IO[bytes] = path.open("ab")
         if _ends_inside_a_line(path):
             self._file.write(b"\n")
-        self._writer = _tensorboard_writer(tensorboard_dir) if tensorboard_dir is not None else None
 
     def write(self, row: Mapping[str, float | int | str]) -> None:
         """Append ``row``, one flat map with an ``optimizer_step``; raises RunStopped where it was moved."""
         self._check_in_place()
         self._file.write(json.dumps(dict(row), ensure_ascii=False).encode() + b"\n")
         self._file.flush()
-        if self._writer is not None:
-            for name, value in row.items():
-                if not isinstance(value, str) and name != "optimizer_step":
-                    self._writer.add_scalar(_tag(name), value, global_step=int(row["optimizer_step"]))
 
     def _check_in_place(self) -> None:
         opened = os.fstat(self._file.fileno())
@@ -50,10 +45,8 @@ class TrainingLog:
             )
 
     def close(self) -> None:
-        """Close the files; safe to call twice."""
+        """Close the file; safe to call twice."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -70,15 +63,3 @@ def _ends_inside_a_line(path: Path) -> bool:
             return False
         stream.seek(-1, 2)
         return stream.read(1) != b"\n"
-
-
-def _tag(name: str) -> str:
-    return name if "/" in name else f"train/{name}"
-
-
-def _tensorboard_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(log_dir=str(folder))

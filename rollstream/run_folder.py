@@ -107,6 +107,18 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def tracking_dir(self) -> Path:
+        """What trackers keep on disk, and how far each of them is."""
+        return self.path / "tracking"
+
+    def tracking_state(self, kind: str) -> Path:
+        return self.tracking_dir / f"{kind}.json"
+
+    @property
+    def tracking_lock(self) -> Path:
+        return self.tracking_dir / "tracking.lock"
+
+    @property
     def model_dir(self) -> Path:
         """The start model of a run whose configuration describes one instead of naming it."""
         return self.path / "model"
@@ -166,9 +178,9 @@ class JsonLinesReader:
     started again leaves one. A file that shrank was replaced and is read from its start.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, offset_bytes: int = 0) -> None:
         self._path = path
-        self._offset_bytes = 0
+        self.offset_bytes = offset_bytes
         self.num_unreadable = 0
 
     def read_new(self) -> list[Row]:
@@ -176,14 +188,14 @@ class JsonLinesReader:
         try:
             with self._path.open("rb") as stream:
                 size_bytes = stream.seek(0, 2)
-                if size_bytes < self._offset_bytes:
-                    self._offset_bytes = 0
-                stream.seek(self._offset_bytes)
+                if size_bytes < self.offset_bytes:
+                    self.offset_bytes = 0
+                stream.seek(self.offset_bytes)
                 raw = stream.read()
         except FileNotFoundError:
             return []
         whole = raw[: raw.rfind(b"\n") + 1]
-        self._offset_bytes += len(whole)
+        self.offset_bytes += len(whole)
         return self._rows(whole)
 
     def _rows(self, whole: bytes) -> list[Row]:

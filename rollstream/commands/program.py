@@ -25,6 +25,7 @@ from rollstream.commands import queue as cli_queue
 from rollstream.commands import runs as cli_runs
 from rollstream.commands import security as cli_security
 from rollstream.commands import sweep as cli_sweep
+from rollstream.commands import tracking as cli_tracking
 from rollstream.commands import vllm as cli_vllm
 from rollstream.commands.loading import load_run
 from rollstream.commands.options import ConfigPath, Index, Overrides
@@ -49,6 +50,7 @@ cli_runs.register(app)
 cli_queue.register(app)
 cli_operate.register(app)
 cli_sweep.register(app)
+cli_tracking.register(app)
 cli_security.register(app)
 cli_vllm.register(app)
 

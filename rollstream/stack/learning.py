@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ from learner.stop_request import StopRequest
 from learner.train_loop import STOP_REQUESTED, LearnerOutcome
 from rollstream.models.run_model import make_described_model
 from rollstream.stack.learn_progress import closing_lines, opening_lines, step_progress
+from rollstream.stack.tracker_process import tracking
+from rollstream.watch.trackers import check_usable
 from rollstream.wiring import access
 from rollstream.wiring.access import needs_broker
 from rollstream.wiring.identity import adopt_on_broker, settle_identity
@@ -38,6 +41,7 @@ def learn_or_spawn(path: Path, overrides: Sequence[str]) -> int:
         # torchrun takes any other status for a failure and ends the ranks that still write
         _run_here(config, int(rank))
         return 0
+    check_usable(config.tracking.to)
     make_described_model(config)
     leave_out_untrainable(config)
     prepare_run(config)
@@ -137,7 +141,8 @@ def run_rank(config: RunConfig, stop: StopRequest, *, is_first: bool) -> Learner
 
     evaluate = _evaluation(config) if is_first else None
     on_step = step_progress(config) if is_first else None
-    outcome = run_learner_rank(config, evaluate=evaluate, stop=stop, on_step=on_step)
+    with tracking(config) if is_first else nullcontext():
+        outcome = run_learner_rank(config, evaluate=evaluate, stop=stop, on_step=on_step)
     log.info("learner ended after %d optimizer steps: %s", outcome.optimizer_step, outcome.reason)
     return outcome
 

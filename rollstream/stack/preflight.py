@@ -16,6 +16,7 @@ from configs import RunConfig
 from rollstream.stack.embedded_redis import find_redis_server
 from rollstream.stack.ports_in_use import check_ports_free
 from rollstream.stack.scrape_targets import metrics_ports
+from rollstream.watch.trackers import check_usable
 from rollstream.wiring import access
 from rollstream.wiring.trainable import Untrainable, find_untrainable
 from rollstream.wiring.vllm import rollout_chunk
@@ -26,6 +27,7 @@ def check_inputs(config: RunConfig) -> Untrainable:
 
     Returns the samples that the run leaves out.
     """
+    check_usable(config.tracking.to)
     data = config.data
     for key, path in (("data.train_jsonl", data.train_jsonl), ("data.val_jsonl", data.val_jsonl)):
         if path is not None and not Path(path).is_file():

@@ -352,7 +352,7 @@ def build_parts(
         ),
         metrics=LearnerMetrics(access.start_metrics(config, "learn", ranks.rank)),
         stop=stop,
-        log=TrainingLog(run.train_log, tensorboard_dir=run.tensorboard_dir) if first else None,
+        log=TrainingLog(run.train_log) if first else None,
         evaluation_log=TrainingLog(run.evaluation_log) if first else None,
         evaluate=evaluate if first else None,
         sync_servers=server_sync(config, ranks.device) if first else None,
