@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from broker_schemas.method.evaluation_numbers import NUMBERS
 from configs.ignored_settings import METHOD, VARIANT, refuse_ignored
 from configs.model_size_checks import check_model_size
 from configs.problems import KeyPath, Problem
@@ -15,6 +16,8 @@ GA: KeyPath = ("training", "gradient_accumulation_steps")
 WORLD_SIZE: KeyPath = ("devices", "learner_world_size")
 QUEUE_LIMIT: KeyPath = ("stage2_async", "queue_limit")
 PREFETCH: KeyPath = ("stage2_async", "prefetch_target_packs")
+EARLY_STOP_TARGET: KeyPath = ("training", "early_stop", "target")
+EARLY_STOP_METRIC: KeyPath = ("training", "early_stop", "metric")
 BATCH_KEYS = (BATCH, PER_DEVICE, WORLD_SIZE)
 
 
@@ -29,6 +32,7 @@ def cross_check(config: RunConfig, explicit: frozenset[KeyPath]) -> list[Problem
         *_model_and_data(config),
         *_method(config),
         *_devices(config),
+        *_early_stop(config),
         *check_model_size(config),
         *_broker(config),
         *refuse_ignored(config, explicit),
@@ -62,6 +66,14 @@ def _batch_contract(config: RunConfig) -> Iterator[Problem]:
             f"or set it to {ga}, or set effective_batch_size to {wanted * micro}"
         )
         yield Problem(message=message, paths=(GA, *BATCH_KEYS))
+
+
+def _early_stop(config: RunConfig) -> Iterator[Problem]:
+    stop = config.training.early_stop
+    if stop.target is None or stop.target <= 1 or NUMBERS[stop.metric].form == "count":
+        return
+    message = f"got {stop.target:g}, but {stop.metric} is a share from 0 to 1; set 0.6 for 60 %"
+    yield Problem(message=message, paths=(EARLY_STOP_TARGET, EARLY_STOP_METRIC))
 
 
 def _queue(config: RunConfig) -> Iterator[Problem]:

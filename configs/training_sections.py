@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from broker_schemas.method.evaluation_numbers import NUMBERS, PREFIX
 from configs.section import Count, CountOrZero, Positive, Ratio, Section, Share, Text, Weight
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+MOST_SUGGESTED = 3
+
+
+def _check_metric(name: str) -> str:
+    plain = name.removeprefix(PREFIX)
+    if plain in NUMBERS:
+        return plain
+    near = difflib.get_close_matches(plain, NUMBERS, n=MOST_SUGGESTED, cutoff=0.5)
+    advice = f"did you mean {' or '.join(near)}? The others are" if near else "expected one of"
+    others = ", ".join(other for other in NUMBERS if other not in near)
+    raise ValueError(f"no number of an evaluation; {advice} {others}")
 
 
 class EarlyStopSection(Section):
     """Stops training at an evaluation; off unless `target` or `patience` is set."""
 
-    metric: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "f1"
-    """Evaluation number that is watched, by its name in `rollstream eval` without `eval_rollout_`."""
-    target: Share | None = None
-    """Stop once the number reaches this; null = no target."""
+    metric: Annotated[str, AfterValidator(_check_metric)] = "f1"
+    """Evaluation number that is watched, by its name in `rollstream eval`: f1_class_50, map_50, and so on."""
+    target: Weight | None = None
+    """Stop once the number reaches this, 0 to 1 for a share; null = no target."""
     patience: Count | None = None
     """Stop after this many evaluations without a better number; null = never."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,38 +22,35 @@ from broker_schemas.records.records import (
     ImageReference,
     SegmentRecord,
 )
-from consumers.matching import MatchResult
+from consumers.matching import MatchResult, MatchSettings
+from consumers.overlap_counts import OverlapCounts, count_overlaps
 from consumers.parsing import ParsedObject, ParsedRollout
 
-CONSTANT_SCORE = 1.0
 MAX_ROLLOUT_CHARS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredPrediction:
-    """A valid predicted object: ``shape`` in bins, a constant ``score``, ``logprob_score`` in [0, 1].
+    """A valid predicted object: ``shape`` in bins, ``logprob_score`` in [0, 1].
 
     The latter is exp of the mean log-probability of its coordinate tokens, None where the rollout has none.
     """
 
     shape: GroundTruthObject
-    score: float = CONSTANT_SCORE
     logprob_score: float | None = None
 
     def to_body(self) -> dict[str, Any]:
-        return {**self.shape.to_body(), "score": self.score, "logprob_score": self.logprob_score}
+        return {**self.shape.to_body(), "logprob_score": self.logprob_score}
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any], where: str) -> ScoredPrediction:
-        score, from_logprobs = body.get("score"), body.get("logprob_score")
-        for name, value in (("score", score), ("logprob_score", from_logprobs)):
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (is_number and 0 <= float(str(value)) <= 1) and (name == "score" or value is not None):
-                raise MalformedRecord(f"{where}.{name}: got {value!r}, expected a number from 0 to 1")
+        score = body.get("logprob_score")
+        is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if score is not None and not (is_number and 0 <= float(str(score)) <= 1):
+            raise MalformedRecord(f"{where}.logprob_score: got {score!r}, expected a number from 0 to 1")
         return cls(
             shape=GroundTruthObject.from_body(body, where),
-            score=float(str(score)),
-            logprob_score=None if from_logprobs is None else float(from_logprobs),
+            logprob_score=None if score is None else float(score),
         )
 
 
@@ -61,6 +58,7 @@ class ScoredPrediction:
 class EvaluationResult:
     """One greedy rollout on a validation image (section 10).
 
+    ``num_matched`` is that of the class-agnostic match at the gate, ``overlaps`` holds the other counts.
     ``dropped`` maps a reason to invalid objects, which are no predictions.
     """
 
@@ -72,6 +70,7 @@ class EvaluationResult:
     predictions: tuple[ScoredPrediction, ...]
     ground_truth: tuple[GroundTruthObject, ...]
     num_matched: int
+    overlaps: OverlapCounts = field(default_factory=OverlapCounts)
     truncated: bool
     is_invalid_rollout: bool
     dropped: Mapping[str, int]
@@ -88,6 +87,7 @@ class EvaluationResult:
             "predictions": [item.to_body() for item in self.predictions],
             "ground_truth": [item.to_body() for item in self.ground_truth],
             "num_matched": self.num_matched,
+            "overlaps": self.overlaps.to_body(),
             "truncated": int(self.truncated),
             "is_invalid_rollout": int(self.is_invalid_rollout),
             "dropped": dict(self.dropped),
@@ -100,7 +100,8 @@ class EvaluationResult:
         read = BodyReader(body, where)
         predictions = read.items("predictions", ScoredPrediction.from_body)
         ground_truth = read.items("ground_truth", GroundTruthObject.from_body)
-        image = body.get("image")
+        image, overlaps = body.get("image"), body.get("overlaps")
+        most_pairs = min(len(predictions), len(ground_truth))
         return cls(
             record_id=read.text("record_id", max_chars=MAX_ID_CHARS),
             sample_id=read.text("sample_id", max_chars=MAX_ID_CHARS),
@@ -109,7 +110,10 @@ class EvaluationResult:
             image=ImageReference.from_body(image if isinstance(image, dict) else {}, f"{where}.image"),
             predictions=predictions,
             ground_truth=ground_truth,
-            num_matched=read.integer("num_matched", low=0, high=min(len(predictions), len(ground_truth))),
+            num_matched=read.integer("num_matched", low=0, high=most_pairs),
+            overlaps=OverlapCounts.from_body(
+                overlaps if isinstance(overlaps, dict) else {}, f"{where}.overlaps", at_most=most_pairs
+            ),
             truncated=bool(read.integer("truncated", low=0, high=1)),
             is_invalid_rollout=bool(read.integer("is_invalid_rollout", low=0, high=1)),
             dropped=read.counts("dropped"),
@@ -118,22 +122,48 @@ class EvaluationResult:
 
 
 def evaluate_rollout(
-    record: SegmentRecord, parsed: ParsedRollout, match: MatchResult, rollout_text: str
+    record: SegmentRecord,
+    parsed: ParsedRollout,
+    match: MatchResult,
+    rollout_text: str,
+    settings: MatchSettings,
 ) -> EvaluationResult:
     """Return what the rollout of ``record`` counts for; ``record`` must name its image."""
+    predictions = tuple(_scored(item, record.response_logprobs) for item in parsed.objects)
     return EvaluationResult(
         record_id=record.record_id,
         sample_id=record.sample_id,
         policy_version=record.policy_version,
         optimizer_step=record.optimizer_step,
         image=record.images[0],
-        predictions=tuple(_scored(item, record.response_logprobs) for item in parsed.objects),
+        predictions=predictions,
         ground_truth=record.assistant_payload,
         num_matched=len(match.pairs),
+        overlaps=count_overlaps(
+            [item.shape for item in predictions], record.assistant_payload, match, settings
+        ),
         truncated=parsed.truncated,
         is_invalid_rollout=parsed.is_invalid_rollout,
         dropped=dict(parsed.dropped),
         rollout_text=rollout_text[:MAX_ROLLOUT_CHARS],
+    )
+
+
+def unusable_rollout(record: SegmentRecord) -> EvaluationResult:
+    """Return what a rollout that cannot be read counts for: all of its image's objects are missed."""
+    return EvaluationResult(
+        record_id=record.record_id,
+        sample_id=record.sample_id,
+        policy_version=record.policy_version,
+        optimizer_step=record.optimizer_step,
+        image=record.images[0],
+        predictions=(),
+        ground_truth=record.assistant_payload,
+        num_matched=0,
+        truncated=record.finish_reason == "length",
+        is_invalid_rollout=True,
+        dropped={},
+        rollout_text="",
     )
 
 

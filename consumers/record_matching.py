@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from broker_schemas.errors import DataError, RecordError
 from broker_schemas.method.coordinates import CoordVocabulary
 from broker_schemas.method.image_check import ImageCheck
 from broker_schemas.records.reasons import RejectionReason
 from broker_schemas.records.records import MAX_OBJECTS, GroundTruthObject, MatchedSegment, SegmentRecord
-from consumers.evaluation_result import EvaluationResult, evaluate_rollout
+from consumers.evaluation_result import EvaluationResult, evaluate_rollout, unusable_rollout
 from consumers.fragments import FragmentNotEncoded
 from consumers.matching import MatchResult, MatchSettings, match_objects
 from consumers.parsing import END_TOKEN, ParsedRollout, parse_rollout
@@ -147,16 +148,19 @@ def match_record(record: SegmentRecord, tools: MatcherTools) -> MatchOutcome:
     rejection = _record_problem(record, tools)
     if rejection is not None:
         return MatchOutcome(rejection=rejection)
+    rejection = _response_problem(record, tools)
+    if rejection is not None:
+        return _unusable(record, rejection)
     parsed = parse_rollout(record.response_token_ids, tools.tokenizer, tools.coord_vocab)
     rejection = _size_problem(record, parsed, tools)
     if rejection is not None:
-        return MatchOutcome(rejection=rejection)
+        return _unusable(record, rejection)
     rollout = match_parsed(record, parsed, tools)
     failure = _parse_failure(record, rollout.parsed, tools)
     counters = rollout_counters(rollout.parsed, rollout.match)
     if record.purpose == "evaluation":
         text = token_bytes_of(tools.tokenizer).text(record.response_token_ids)
-        result = evaluate_rollout(record, rollout.parsed, rollout.match, text)
+        result = evaluate_rollout(record, rollout.parsed, rollout.match, text, tools.match_settings)
         return MatchOutcome(evaluation=result, parse_failure=failure, counters=counters)
     try:
         segment = build_segment(record, rollout.parsed, rollout.match, rollout.targets, tools.vocabulary)
@@ -167,6 +171,13 @@ def match_record(record: SegmentRecord, tools: MatcherTools) -> MatchOutcome:
     if rejection is not None:
         return MatchOutcome(rejection=rejection, parse_failure=failure, counters=counters)
     return MatchOutcome(segment=segment, parse_failure=failure, counters=dict(segment.counters))
+
+
+def _unusable(record: SegmentRecord, rejection: Rejection) -> MatchOutcome:
+    """Return the rejection of an answer that cannot be used; to evaluate it is an answer without objects."""
+    if record.purpose != "evaluation":
+        return MatchOutcome(rejection=rejection)
+    return MatchOutcome(evaluation=unusable_rollout(record), counters={"rollouts": 1, "invalid_rollouts": 1})
 
 
 def match_rollout(record: SegmentRecord, tools: MatcherTools) -> MatchedRollout:
@@ -192,14 +203,15 @@ def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | N
         record.check(where)
     except RecordError as exc:
         return Rejection(reason="record_malformed", detail=str(exc))
-    too_long = _length_problem(record, tools, where)
-    if too_long is not None:
-        return too_long
-    for name, ids in (("prompt", record.prompt_token_ids), ("response", record.response_token_ids)):
-        if len(ids) and (int(np.max(ids)) >= tools.width or int(np.min(ids)) < 0):
-            detail = f"{where}.{name}_token_ids: got {int(np.min(ids))}..{int(np.max(ids))}, "
-            detail += f"expected ids from 0 to {tools.width - 1}; producer and matcher must share a tokenizer"
-            return Rejection(reason="token_id_out_of_vocab", detail=detail)
+    least = len(record.prompt_token_ids) + 4 * len(record.assistant_payload)
+    if record.purpose == "train" and least > tools.capacity:
+        # each true object is in the sequence: appended with its own bins, or matched to a prediction of the
+        # prefix with at least four coordinate tokens
+        detail = f"{where}: got {least} tokens or more, expected at most {tools.capacity}"
+        return Rejection(reason="segment_too_long", detail=f"{detail}; {TOO_LONG_ADVICE}")
+    problem = _ids_problem(record.prompt_token_ids, tools, f"{where}.prompt_token_ids")
+    if problem is not None:
+        return Rejection(reason="token_id_out_of_vocab", detail=problem)
     for index, item in enumerate(record.assistant_payload):
         problem = _ground_truth_problem(item, f"{where}.assistant_payload[{index}]")
         if problem is not None:
@@ -207,13 +219,33 @@ def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | N
     problem_of_images = _images_problem(record, tools, where)
     if problem_of_images is not None:
         return problem_of_images
-    if not np.isfinite(record.response_logprobs).all():
-        detail = f"{where}.response_logprobs: got a value that is not finite, expected log-probabilities"
-        return Rejection(reason="logprobs_not_finite", detail=detail)
     if record.purpose == "evaluation" and not record.images:
         detail = f"{where}.images: got none, expected the image that was evaluated"
         return Rejection(reason="image_missing", detail=detail)
     return None
+
+
+def _response_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | None:
+    """Refuse, before any work, an answer that no parsing could use."""
+    where = f"segment {record.record_id}"
+    longest, num_tokens = max(MAX_RESPONSE_TOKENS, 2 * tools.capacity), len(record.response_token_ids)
+    if num_tokens > longest:
+        detail = f"{where}.response_token_ids: got {num_tokens} tokens, expected {longest} at most"
+        return Rejection(reason="segment_too_long", detail=f"{detail}; {TOO_LONG_ADVICE}")
+    problem = _ids_problem(record.response_token_ids, tools, f"{where}.response_token_ids")
+    if problem is not None:
+        return Rejection(reason="token_id_out_of_vocab", detail=problem)
+    if not np.isfinite(record.response_logprobs).all():
+        detail = f"{where}.response_logprobs: got a value that is not finite, expected log-probabilities"
+        return Rejection(reason="logprobs_not_finite", detail=detail)
+    return None
+
+
+def _ids_problem(ids: NDArray[np.int32], tools: MatcherTools, where: str) -> str | None:
+    if not len(ids) or (int(np.max(ids)) < tools.width and int(np.min(ids)) >= 0):
+        return None
+    found = f"{where}: got {int(np.min(ids))}..{int(np.max(ids))}"
+    return f"{found}, expected ids from 0 to {tools.width - 1}; producer and matcher must share a tokenizer"
 
 
 def _is_within_root(path: str) -> bool:
@@ -244,26 +276,6 @@ def _ground_truth_problem(item: GroundTruthObject, where: str) -> str | None:
         return f"{where}.bbox_2d: got {list(item.bins)}, expected x1 < x2 and y1 < y2"
     if not item.desc.strip() or len(item.desc.splitlines()) != 1:
         return f"{where}.desc: got {item.desc!r:.80}, expected one line that is not empty"
-    return None
-
-
-def _length_problem(record: SegmentRecord, tools: MatcherTools, where: str) -> Rejection | None:
-    """Refuse, before any work, what cannot fit a pack whatever the matching says.
-
-    Each true object is in the sequence: appended with its own bins, or matched to a prediction of the prefix
-    with at least four coordinate tokens.
-    """
-    if record.purpose == "train":
-        least = len(record.prompt_token_ids) + 4 * len(record.assistant_payload)
-        if least > tools.capacity:
-            detail = f"{where}: got {least} tokens or more, expected at most {tools.capacity}"
-            return Rejection(reason="segment_too_long", detail=f"{detail}; {TOO_LONG_ADVICE}")
-    longest = max(MAX_RESPONSE_TOKENS, 2 * tools.capacity)
-    if len(record.response_token_ids) > longest:
-        detail = (
-            f"{where}.response_token_ids: got {len(record.response_token_ids)} tokens, expected {longest}"
-        )
-        return Rejection(reason="segment_too_long", detail=f"{detail} at most; {TOO_LONG_ADVICE}")
     return None
 
 

@@ -11,33 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from broker_schemas.method.coordinates import NUM_BINS, coordinate_token
+from broker_schemas.records.reasons import ObjectDropReason
 
 Geometry = Literal["bbox_2d", "poly"]
-DropReason = Literal[
-    "malformed_json",
-    "key_invalid",
-    "duplicate_key",
-    "missing_desc",
-    "missing_geom",
-    "unknown_geom",
-    "non_coord_token",
-    "wrong_arity",
-    "bbox_invalid",
-    "unbalanced",
-]
-# In the order in which they are looked for; `unbalanced` is found by the scan, before any of the others.
-DROP_REASONS: Final[tuple[DropReason, ...]] = (
-    "malformed_json",
-    "key_invalid",
-    "duplicate_key",
-    "missing_desc",
-    "missing_geom",
-    "unknown_geom",
-    "non_coord_token",
-    "wrong_arity",
-    "bbox_invalid",
-    "unbalanced",
-)
 _GEOMETRIES: Final[tuple[Geometry, ...]] = ("bbox_2d", "poly")
 _COORDINATES: Final = tuple(coordinate_token(index) for index in range(NUM_BINS))
 _IS_COORDINATE: Final = frozenset(_COORDINATES)
@@ -69,7 +45,7 @@ def parse_json(data: bytes) -> Any:
 
 def validate_object(
     span: bytes, number: int, seen_numbers: Collection[int], captured_bins: Sequence[int]
-) -> ValidObject | DropReason:
+) -> ValidObject | ObjectDropReason:
     """Return what the object ``{…}`` in ``span`` is, or the first reason that speaks against it.
 
     ``seen_numbers`` are the numbers of all keys before it; ``captured_bins`` the bins of the coordinate
@@ -120,7 +96,9 @@ def _has_invalid_keys(pairs: _Pairs) -> bool:
     return len(set(names)) != len(names) or len(names) - ("desc" in names) > 1
 
 
-def _geometry_problem(geometry: Geometry, value: Any, captured_bins: Sequence[int]) -> DropReason | None:
+def _geometry_problem(
+    geometry: Geometry, value: Any, captured_bins: Sequence[int]
+) -> ObjectDropReason | None:
     values = _flat_values(geometry, value)
     if values != [_COORDINATES[index] for index in captured_bins]:
         return "wrong_arity" if _holds_coordinates_alone(value) else "non_coord_token"

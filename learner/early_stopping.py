@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
 
+from broker_schemas.errors import RunStopped
+from broker_schemas.method.evaluation_numbers import DROPPED, NUMBERS, PREFIX
 from learner.checkpoints import TrainerState
 from learner.settings import EarlyStopSettings
-
-_LOWER_IS_BETTER: Final = ("fp", "fn", "dropped_", "parse_", "duplicate")
 
 
 def is_lower_better(metric: str) -> bool:
     """Say whether less of a number is better: errors, duplicates, answers that do not parse."""
-    return metric in _LOWER_IS_BETTER or metric.startswith(_LOWER_IS_BETTER[2:])
+    return metric in NUMBERS and NUMBERS[metric].is_lower_better
+
+
+def watched_value(results: Mapping[str, float], metric: str) -> float:
+    """Return the watched number of an evaluation; a reason for which nothing was dropped has 0.
+
+    Raises RunStopped where this evaluation has no such number.
+    """
+    value = results.get(f"{PREFIX}{metric}", 0.0 if metric.startswith(DROPPED) else None)
+    if value is not None:
+        return value
+    known = ", ".join(sorted(name.removeprefix(PREFIX) for name in results))
+    raise RunStopped(
+        f"training.early_stop.metric: got {metric!r}, which this evaluation does not have (AP needs "
+        f"log-probabilities of every object, AP of a size labelled objects of that size); it has {known}"
+    )
 
 
 def note_evaluation(state: TrainerState, value: float, metric: str = "f1") -> TrainerState:

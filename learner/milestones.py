@@ -15,8 +15,7 @@ from broker_schemas.errors import RunStopped
 from learner import checkpoints, weights
 from learner.checkpoints import TrainerState
 from learner.distributed import Ranks
-from learner.early_stopping import note_evaluation, stop_reason
-from learner.evaluation import PREFIX as EVALUATION_PREFIX
+from learner.early_stopping import note_evaluation, stop_reason, watched_value
 from learner.metrics import LearnerMetrics
 from learner.ports import Evaluate, SyncServers
 from learner.settings import LearnerSettings
@@ -161,12 +160,7 @@ class Milestones:
         if not results:
             return state, None
         metric = settings.early_stop.metric
-        value = results.get(f"{EVALUATION_PREFIX}{metric}")
-        if value is None:
-            known = ", ".join(sorted(name.removeprefix(EVALUATION_PREFIX) for name in results))
-            raise RunStopped(
-                f"training.early_stop.metric: got {metric!r}, expected a number of the evaluation: {known}"
-            )
+        value = watched_value(results, metric)
         noted = note_evaluation(state, value, metric)
         return noted, stop_reason(noted, value, settings.early_stop)
 

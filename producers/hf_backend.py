@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import DataError
@@ -23,6 +23,8 @@ from producers.rollout_backend import DecodingSettings, Generation
 
 class ChosenLogprobs(LogitsProcessor):  # type: ignore[misc]
     """Collects log-probabilities of the tokens that were taken, holding one row of logits at a time.
+
+    They are the model's own where nothing changed the scores before: it comes first in the list.
 
     Keeping all scores instead would cost batch x tokens x vocabulary floats.
     """
@@ -112,7 +114,7 @@ class HfBackend:
         output = self._model.generate(
             **self._inputs(prompts, grids, pixel_rows),
             **self._sampling(),
-            logits_processor=LogitsProcessorList([logprobs]),
+            logits_processor=LogitsProcessorList([logprobs, *self._penalties()]),
         )
         width = max(len(prompt) for prompt in prompts)
         response = output[:, width:].cpu()
@@ -141,6 +143,10 @@ class HfBackend:
             inputs["mm_token_type_ids"] = (ids_bt == self._prompts.image_token_id).int()
         return {name: tensor.to(self._settings.device) for name, tensor in inputs.items()}
 
+    def _penalties(self) -> list[LogitsProcessor]:
+        penalty = self._settings.decoding.repetition_penalty
+        return [] if penalty == 1.0 else [RepetitionPenaltyLogitsProcessor(penalty=float(penalty))]
+
     def _sampling(self) -> dict[str, Any]:
         decoding = self._settings.decoding
         chosen: dict[str, Any] = {
@@ -148,7 +154,8 @@ class HfBackend:
             "do_sample": decoding.temperature > 0,
             "eos_token_id": self._prompts.end_token_id,
             "pad_token_id": self._prompts.end_token_id,
-            "repetition_penalty": decoding.repetition_penalty,
+            # the list of processors has it: log-probabilities are taken before it
+            "repetition_penalty": 1.0,
         }
         if decoding.temperature > 0:
             chosen["temperature"] = decoding.temperature

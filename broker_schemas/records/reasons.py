@@ -1,4 +1,4 @@
-"""Why a rollout was dropped or rejected, or a B step skipped: each once, for log, metrics and pages."""
+"""Why a rollout or an object was dropped or rejected, or a B step skipped: each once, for all pages."""
 
 from __future__ import annotations
 
@@ -36,8 +36,23 @@ RejectionReason = Literal[
     "image_tokens_differ",
     "image_outside_root",
 ]
+# why an object of a rollout is dropped in parsing, in the order in which it is looked for; `unbalanced` is
+# found by the scan, before any of the others
+ObjectDropReason = Literal[
+    "malformed_json",
+    "key_invalid",
+    "duplicate_key",
+    "missing_desc",
+    "missing_geom",
+    "unknown_geom",
+    "non_coord_token",
+    "wrong_arity",
+    "bbox_invalid",
+    "unbalanced",
+]
 
 DROP_REASONS: Final[tuple[DropReason, ...]] = get_args(DropReason)
 REJECTION_REASONS: Final[tuple[RejectionReason, ...]] = get_args(RejectionReason)
+OBJECT_DROP_REASONS: Final[tuple[ObjectDropReason, ...]] = get_args(ObjectDropReason)
 # why a scheduled B step became A: not every rank had its fresh packs
 SKIP_REASONS: Final = ("queue_short",)

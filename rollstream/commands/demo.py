@@ -12,6 +12,7 @@ from broker_schemas.errors import DataError
 from configs import RunConfig, load_config
 from rollstream.datasets.scenes import make_scenes
 from rollstream.evaluation.evaluating import evaluate_run
+from rollstream.evaluation.side_by_side import render_evaluation
 from rollstream.history.audit_view import render_audit
 from rollstream.history.auditing import audit_run, keep_audit
 from rollstream.models.shipped import SHIPPED_MODEL
@@ -64,12 +65,8 @@ def _make_data(config: RunConfig, console: Console) -> None:
 
 
 def _evaluate(config: RunConfig, console: Console, label: str, model: Path | None) -> None:
-    metrics = evaluate_run(config, model=model, label=label, num_samples=None)
-    console.print(
-        f"[bold]evaluation {label}[/bold] F1 {metrics['eval_rollout_f1']:.3f}, "
-        f"precision {metrics['eval_rollout_precision']:.3f}, recall {metrics['eval_rollout_recall']:.3f}, "
-        f"mAP {metrics['eval_rollout_map']:.3f}"
-    )
+    evaluation = evaluate_run(config, model=model, label=label, num_samples=None)
+    console.print(render_evaluation(evaluation, f"evaluation {label}"))
 
 
 def _conclude(folder: RunFolder, console: Console) -> int:

@@ -98,19 +98,23 @@ def evaluate(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model on the validation set: precision, recall, F1 and COCO mAP."""
+    """Evaluate a model on the validation set: F1 with and without classes, COCO AP, each class."""
+    from broker_schemas.method.evaluation_numbers import PREFIX, words_of
     from rollstream.evaluation.evaluating import evaluate_run, label_of
+    from rollstream.evaluation.side_by_side import render_evaluation
     from rollstream.wiring.access import run_folder
 
     loaded = load_run(config, overrides)
     name = label or label_of(loaded, model)
-    metrics = evaluate_run(loaded, model=model, label=name, num_samples=num_samples)
-    console = Console(soft_wrap=True, highlight=False)
+    evaluation = evaluate_run(loaded, model=model, label=name, num_samples=num_samples)
     if as_json:
-        console.print_json(json.dumps(metrics))
+        Console().print_json(json.dumps({**evaluation.metrics, "classes": evaluation.classes}))
     else:
-        for name, value in metrics.items():
-            console.print(f"{name:34} {value:.4f}" if isinstance(value, float) else f"{name:34} {value}")
+        _table_console().print(render_evaluation(evaluation, f"evaluation {name}"))
+        console = Console(soft_wrap=True, highlight=False)
+        for number, value in evaluation.metrics.items():
+            words = words_of(number, evaluation.gate)
+            console.print(f"{number.removeprefix(PREFIX):28} {value:<10.4f} {words}", markup=False)
         folder = run_folder(loaded)
         console.print(f"evaluation: {folder.evaluation(name)}", markup=False)
         console.print(f"next: rollstream report {folder.path}", markup=False)

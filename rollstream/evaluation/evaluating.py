@@ -10,14 +10,14 @@ from rich.progress import Progress
 
 from configs import RunConfig
 from learner.checkpoints import latest_checkpoint
-from rollstream.evaluation.evaluation import Evaluator, write_evaluation
+from rollstream.evaluation.evaluation import Evaluation, Evaluator, write_evaluation
 from rollstream.wiring import access
 
 
 def evaluate_run(
     config: RunConfig, *, model: Path | None, label: str | None, num_samples: int | None
-) -> dict[str, float]:
-    """Return the metrics of ``model``: a folder, else the run's latest checkpoint, else its start model."""
+) -> Evaluation:
+    """Return the evaluation of ``model``: a folder, else the latest checkpoint, else the start model."""
     import torch
 
     torch.set_num_threads(max(1, config.training.num_threads))
@@ -39,7 +39,7 @@ def evaluate_run(
             optimizer_step=steps_of(chosen),
             root=access.data_root(config, jsonl),
         )
-    return evaluation.metrics
+    return evaluation
 
 
 def evaluate(
@@ -51,7 +51,7 @@ def evaluate(
     images, the first ones, by default all. Keys are those of ROLLOUT_MATCHING section 10. Nothing is written.
     """
     chosen = Path(model) if model is not None else None
-    return evaluate_run(config, model=chosen, label=None, num_samples=num_samples)
+    return evaluate_run(config, model=chosen, label=None, num_samples=num_samples).metrics
 
 
 def label_of(config: RunConfig, model: Path | None) -> str:

@@ -18,8 +18,8 @@ from broker_schemas.method.dataset import Sample
 from broker_schemas.method.model_folder import load_policy
 from broker_schemas.records.records import SegmentRecord
 from configs import RunConfig
+from consumers.evaluation_metrics import class_numbers, evaluation_metrics
 from consumers.record_matching import MatcherTools, match_record
-from learner.evaluation import evaluation_metrics
 from producers.hf_backend import HfBackend, HfBackendSettings
 from producers.record_building import build_records
 from rollstream.wiring import access
@@ -32,10 +32,25 @@ EVALUATION_BATCH = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Metrics by the keys of ROLLOUT_MATCHING section 10, and what each image gave."""
+    """Metrics by the keys of ROLLOUT_MATCHING section 10, what each image gave, and the numbers by class.
+
+    ``gate`` is the IoU at which the run matches.
+    """
 
     metrics: dict[str, float]
     results: tuple[dict[str, Any], ...]
+    classes: dict[str, dict[str, float]]
+    gate: float
+
+    @classmethod
+    def of(cls, results: Sequence[dict[str, Any]], gate: float) -> Evaluation:
+        """Work the numbers of ``results`` out."""
+        return cls(
+            metrics=evaluation_metrics(results),
+            results=tuple(results),
+            classes=class_numbers(results),
+            gate=gate,
+        )
 
 
 class Evaluator:
@@ -70,7 +85,7 @@ class Evaluator:
                     progress(len(results), len(self._samples))
         finally:
             model.train(was_training)
-        return Evaluation(metrics=evaluation_metrics(results), results=tuple(results))
+        return Evaluation.of(results, self._config.rollout_matching.maskiou_gate)
 
     def evaluate_folder(self, folder: Path, *, progress: Progress | None = None) -> Evaluation:
         """Return the evaluation of a model folder; raises DataError."""
@@ -115,6 +130,8 @@ def write_evaluation(
         "label": label,
         "optimizer_step": optimizer_step,
         "metrics": evaluation.metrics,
+        "maskiou_gate": evaluation.gate,
+        "classes": evaluation.classes,
         "examples": [_example(result, root) for result in evaluation.results[:num_examples]],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

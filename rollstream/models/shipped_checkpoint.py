@@ -16,6 +16,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from broker_schemas.errors import DataError
+from broker_schemas.method.evaluation_numbers import PREFIX
 from broker_schemas.method.model_folder import load_policy
 from configs import RunConfig, load_config
 from learner.checkpoints import latest_checkpoint, save_model_folder
@@ -27,7 +28,10 @@ from rollstream.wiring import access
 MAKER: Final = "shipped-checkpoint"
 LARGEST_BYTES: Final = 12_000_000
 RECORD_FILE: Final = "trained.json"
-SCORES: Final = ("eval_rollout_f1", "eval_rollout_precision", "eval_rollout_recall", "eval_rollout_map")
+SCORES: Final = tuple(
+    f"{PREFIX}{name}"
+    for name in ("f1", "f1_50", "f1_class_50", "label_accuracy", "precision", "recall", "map_50", "map")
+)
 
 
 def ship_checkpoint(config: RunConfig, destination: Path, *, commands: Sequence[str]) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def ship_checkpoint(config: RunConfig, destination: Path, *, commands: Sequence[
         size = sum(path.stat().st_size for path in staging.iterdir())
         if size > LARGEST_BYTES:
             raise DataError(f"{checkpoint}: got {size} bytes to ship, expected at most {LARGEST_BYTES}")
-        metrics = evaluate_run(config, model=staging, label=None, num_samples=None)
+        metrics = evaluate_run(config, model=staging, label=None, num_samples=None).metrics
         rows = latest_steps(read_json_lines(folder.train_log))
         record = training_record(config, rows[:steps], metrics, commands=commands)
         (staging / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

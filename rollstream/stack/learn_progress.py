@@ -88,8 +88,7 @@ def step_progress(config: RunConfig) -> Callable[[dict[str, Any]], None]:
 
     def show(row: dict[str, Any]) -> None:
         done = int(row["optimizer_step"]) + 1
-        f1 = f" F1 {row['eval_rollout_f1']:.3f}" if "eval_rollout_f1" in row else ""
-        bar.update(task, completed=done, description=f"{row['kind']} loss {row['loss']:.3f}{f1}")
+        bar.update(task, completed=done, description=f"{row['kind']} loss {row['loss']:.3f}")
         if done >= total:
             bar.stop()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker_schemas.errors import ConfigError
+from broker_schemas.method.evaluation_numbers import in_one_line
 from configs import RunConfig, load_config
 from learner.stop_request import StopRequest
 from learner.train_loop import STOP_REQUESTED, LearnerOutcome
@@ -156,7 +157,7 @@ def _evaluation(config: RunConfig) -> Callable[[Any, int], dict[str, float]] | N
 
     def evaluate(model: Any, optimizer_step: int) -> dict[str, float]:
         metrics = evaluator.evaluate(model).metrics
-        log.info("evaluation after %d steps: F1 %.3f", optimizer_step, metrics["eval_rollout_f1"])
+        log.info("evaluation after %d steps: %s", optimizer_step, in_one_line(metrics))
         return metrics
 
     return evaluate

@@ -143,7 +143,7 @@ class _RunningSweep:
             return result.exit_status
         found: Mapping[str, float] = {}
         if plan.config.data.val_jsonl is not None:
-            found = evaluate_run(plan.config, model=None, label="after", num_samples=None)
+            found = evaluate_run(plan.config, model=None, label="after", num_samples=None).metrics
         audit = audit_run(plan.folder.path).to_json()
         write_atomically(plan.folder.audit, json.dumps(audit, indent=1))
         steps = latest_steps(read_json_lines(plan.folder.train_log))
@@ -167,7 +167,7 @@ class _RunningSweep:
             if model is None:
                 return None
             self.console.print(f"evaluating the start model {model}", markup=False)
-            known = dict(evaluate_run(self.base, model=model, label=None, num_samples=None))
+            known = dict(evaluate_run(self.base, model=model, label=None, num_samples=None).metrics)
             write_atomically(path, json.dumps(known, indent=1) + "\n")
         return number(known, "eval_rollout_f1")
 

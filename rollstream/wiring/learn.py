@@ -136,9 +136,7 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         if config.variant == "stage2_ab_training"
         else None,
         run_id=run_id_of(config),
-        early_stop=EarlyStopSettings(
-            metric=stop.metric.removeprefix("eval_rollout_"), target=stop.target, patience=stop.patience
-        ),
+        early_stop=EarlyStopSettings(metric=stop.metric, target=stop.target, patience=stop.patience),
     )
 
 

@@ -203,6 +203,11 @@ def make_evaluation(label: str, examples: list[dict[str, Any]], *, f1: float = 0
             "eval_rollout_precision": f1 + 0.03,
             "eval_rollout_recall": f1 - 0.03,
             "eval_rollout_f1": f1,
+            "eval_rollout_f1_class": f1 - 0.1,
+            "eval_rollout_f1_50": f1 - 0.15,
+            "eval_rollout_f1_class_50": f1 - 0.2,
+            "eval_rollout_label_accuracy": 0.5,
+            "eval_rollout_map_50": f1 - 0.1,
             "eval_rollout_pred_objects": 118,
             "eval_rollout_gt_objects": 126,
             "eval_rollout_matched": 75,
@@ -210,6 +215,11 @@ def make_evaluation(label: str, examples: list[dict[str, Any]], *, f1: float = 0
             "eval_rollout_fn": 51,
             "eval_rollout_parse_truncated_rate": 0.031,
             "eval_rollout_map": f1 - 0.2,
+        },
+        "maskiou_gate": 0.3,
+        "classes": {
+            "ring": {"gt_objects": 80, "pred_objects": 70, "map": 0.3, "map_50": f1},
+            "dot": {"gt_objects": 46, "pred_objects": 48, "map": 0.2, "map_50": 0.31},
         },
         "examples": examples,
     }

@@ -100,7 +100,12 @@ def test_the_page_holds_every_number_plot_and_example_of_a_whole_run(whole_page:
         "Dropped and rejected, by reason",
         "Rollouts over time",
     ]
-    assert "before: precision 0.64, recall 0.58, F1 0.61, mAP 0.41" in plots[0]
+    assert "before: F1 any class at the gate 0.61, F1 any class IoU 0.5 0.46, F1 right class" in plots[0]
+    assert (
+        "F1, any class, IoU 0.3 (the gate) 0.612 0.784 F1, right class, IoU 0.3 (the gate) 0.512 0.684"
+        in said
+    )
+    assert "ring 80 70 0.612 0.784 dot 46 48 0.310 0.310" in said
     assert len(page.all("img")) == 6
     assert all(len(attributes["alt"]) > 20 for attributes in page.all("img"))
     for words in ("stage2_async", "assets/tiny-warm", "schedule 0.4, 24 due", "queue limit 8", "balanced"):
@@ -275,12 +280,13 @@ def test_the_terminal_shows_the_same_numbers_within_80_columns(whole_run: RunFol
 
     assert max(len(line) for line in text.splitlines()) <= 80
     for words in (
-        "0.784 before 0.612",
+        "0.584 before 0.412",
         "38.3%",
         "schedule 0.4, 24 due",
         "stale_on_claim",
         "balanced",
-        "false neg",
+        "F1, right class, IoU 0.3 (the gate)",
+        "dot ",
     ):
         assert words in text
 

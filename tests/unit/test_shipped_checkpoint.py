@@ -17,6 +17,10 @@ from rollstream.models.shipped_checkpoint import LARGEST_BYTES, RECORD_FILE, shi
 
 METRICS = {
     "eval_rollout_f1": 0.61234,
+    "eval_rollout_f1_50": 0.5,
+    "eval_rollout_f1_class_50": 0.25,
+    "eval_rollout_label_accuracy": 0.5,
+    "eval_rollout_map_50": 0.6,
     "eval_rollout_precision": 0.7,
     "eval_rollout_recall": 0.55,
     "eval_rollout_map": 0.4,
@@ -47,10 +51,10 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Evaluation is another test's matter: note which folder was to be evaluated."""
     seen: list[Path] = []
 
-    def evaluate(_config: Any, *, model: Path, **_: Any) -> dict[str, float]:
+    def evaluate(_config: Any, *, model: Path, **_: Any) -> Any:
         seen.append(model)
         assert (model / "model.safetensors").exists()
-        return METRICS
+        return SimpleNamespace(metrics=METRICS)
 
     monkeypatch.setattr(shipped_checkpoint, "evaluate_run", evaluate)
     return seen
@@ -76,6 +80,10 @@ def test_it_is_small_loadable_and_says_how_it_was_made(
         "validation_set": "data/scenes/val.jsonl",
         "scores": {
             "eval_rollout_f1": 0.6123,
+            "eval_rollout_f1_50": 0.5,
+            "eval_rollout_f1_class_50": 0.25,
+            "eval_rollout_label_accuracy": 0.5,
+            "eval_rollout_map_50": 0.6,
             "eval_rollout_precision": 0.7,
             "eval_rollout_recall": 0.55,
             "eval_rollout_map": 0.4,

@@ -13,7 +13,7 @@ from broker_schemas.errors import DeadlinePassed, RunStopped
 from broker_schemas.records.packs import StepClaim
 from learner.checkpoints import TrainerState
 from learner.distributed import Ranks
-from learner.early_stopping import note_evaluation, stop_reason
+from learner.early_stopping import note_evaluation, stop_reason, watched_value
 from learner.ground_truth_only import GroundTruthOnlyBroker
 from learner.optimization import OptimizationSettings, learning_rate_at
 from learner.settings import EarlyStopSettings
@@ -125,6 +125,16 @@ def test_early_stop_watches_any_number_and_knows_which_way_is_better() -> None:
         == "no better validation parse_invalid_rate than 0.200 in 1 evaluations"
     )
     assert stop_reason(state, 0.04, invalid) is not None
+
+
+@pytest.mark.req("U-5")
+def test_a_watched_number_that_an_evaluation_lacks_ends_the_run_by_name_and_no_drops_are_none() -> None:
+    results = {"eval_rollout_f1": 0.5, "eval_rollout_map": 0.25}
+    assert (watched_value(results, "map"), watched_value(results, "dropped_wrong_arity")) == (0.25, 0.0)
+    with pytest.raises(
+        RunStopped, match="'map_small', which this evaluation does not have.* it has f1, map$"
+    ):
+        watched_value(results, "map_small")
 
 
 @pytest.mark.parametrize(

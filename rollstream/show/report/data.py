@@ -64,12 +64,17 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One evaluation: metrics without their ``eval_rollout_`` prefix, examples by sample id."""
+    """One evaluation: metrics without their ``eval_rollout_`` prefix, examples by sample id.
+
+    ``gate`` is the IoU at which the run matches; ``classes`` holds the numbers of each labelled class.
+    """
 
     label: str
     optimizer_step: int | None
     metrics: Mapping[str, float]
     examples: Mapping[str, Example]
+    gate: float | None = None
+    classes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,15 @@ from rollstream.show.report.inline_svg import LIMIT, MUTED, SERIES, label_axes, 
 from rollstream.show.report.series import Clock, points, running_mean, thin
 from rollstream.show.visible_text import one_line
 
-_COMPARED: Final = ("precision", "recall", "f1", "map")
-_METRIC_TITLES: Final = {"precision": "precision", "recall": "recall", "f1": "F1", "map": "mAP"}
+_METRIC_TITLES: Final = {
+    "f1": "F1\nany class\nat the gate",
+    "f1_50": "F1\nany class\nIoU 0.5",
+    "f1_class_50": "F1\nright class\nIoU 0.5",
+    "label_accuracy": "labels\nright",
+    "map_50": "AP50\nright class",
+    "map": "AP\nright class",
+}
+_COMPARED: Final = tuple(_METRIC_TITLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +156,7 @@ def wait_busy_plot(steps: Sequence[Row]) -> Plot:
 
 
 def evaluation_plot(data: ReportData) -> Plot:
-    """Draw precision, recall, F1 and mAP of the first and the last evaluation side by side."""
+    """Draw F1 with and without classes and AP of the first and the last evaluation side by side."""
     title = "Quality before and after"
     compared = [item for item in data.before_and_after if any(name in item.metrics for name in _COMPARED)]
     if not compared:
@@ -169,7 +176,9 @@ def evaluation_plot(data: ReportData) -> Plot:
     label_axes(axes)
     said = [
         f"{item.label}: "
-        + ", ".join(f"{_METRIC_TITLES[n]} {item.metrics[n]:.2f}" for n in names if n in item.metrics)
+        + ", ".join(
+            f"{' '.join(_METRIC_TITLES[n].split())} {item.metrics[n]:.2f}" for n in names if n in item.metrics
+        )
         for item in compared
     ]
     note = "; ".join(said)

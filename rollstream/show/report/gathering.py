@@ -21,6 +21,7 @@ from rollstream.show.report.counting import key_numbers, number
 from rollstream.show.report.data import Evaluation, Example, ReportData, Row, SumLine
 
 _METRIC_PREFIX = "eval_rollout_"
+_CLASS_NUMBERS = ("gt_objects", "pred_objects", "map_50", "map")
 _BALANCED = "balanced"
 
 
@@ -151,7 +152,17 @@ def _evaluation(content: Row, label: str, data_root: Path | None) -> Evaluation:
             if (value := number(known, name)) is not None
         },
         examples={example.sample_id: example for example in examples},
+        gate=number(content, "maskiou_gate"),
+        classes=_classes(content.get("classes")),
     )
+
+
+def _classes(found: object) -> dict[str, dict[str, float]]:
+    return {
+        str(name): {key: value for key in _CLASS_NUMBERS if (value := number(numbers, key)) is not None}
+        for name, numbers in (found.items() if isinstance(found, Mapping) else ())
+        if isinstance(numbers, Mapping)
+    }
 
 
 def _example(item: Mapping[str, Any], data_root: Path | None) -> Example:

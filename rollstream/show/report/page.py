@@ -21,6 +21,7 @@ _STYLE: Final = "assets/report.css"
 def render_html(data: ReportData) -> str:
     """Return the whole page; every text of the run is escaped, plots and pictures are inline."""
     titles, rows = phrases.evaluation_lines(data)
+    class_titles, class_rows = phrases.class_lines(data)
     return render_page(
         _TEMPLATE,
         run_name=one_line(data.run_name, 80),
@@ -32,6 +33,8 @@ def render_html(data: ReportData) -> str:
         details=phrases.detail_lines(data.numbers),
         evaluation_titles=titles,
         evaluation_rows=rows,
+        class_titles=class_titles,
+        class_rows=class_rows,
         plots=[(plot, Markup(plot.svg)) for plot in all_plots(data)],
         examples=example_rows(data.before_and_after),
         audit=data.audit,

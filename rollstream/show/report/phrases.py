@@ -7,19 +7,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+from broker_schemas.method.evaluation_numbers import NUMBERS, words_of
 from rollstream.show.report.data import KeyNumbers, ReportData
 from rollstream.show.visible_text import one_line
 
 NOT_WRITTEN: Final = "–"
-_METRIC_WORDS: Final = {
-    "f1": "F1",
-    "map": "COCO mAP",
-    "pred_objects": "objects written",
-    "gt_objects": "objects labelled",
-    "fp": "false positives",
-    "fn": "false negatives",
-    "parse_truncated_rate": "share of rollouts cut off",
-}
+MOST_CLASSES: Final = 30
+HEADLINE_METRIC: Final = "f1_class_50"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +29,11 @@ def headlines(data: ReportData) -> list[Line]:
     """Return the few numbers that say how the run went, most important first."""
     numbers = data.numbers
     return [
-        Line(name="F1", value=_last_metric(data, "f1"), remark=_change(data, "f1")),
+        Line(
+            name=words_of(HEADLINE_METRIC),
+            value=_last_metric(data, HEADLINE_METRIC),
+            remark=_change(data, HEADLINE_METRIC),
+        ),
         Line(
             name="optimizer steps",
             value=whole(numbers.num_steps),
@@ -98,15 +96,37 @@ def _advice_lines(numbers: KeyNumbers) -> list[Line]:
 def evaluation_lines(data: ReportData) -> tuple[list[str], list[list[str]]]:
     """Return column titles and rows of the evaluations: metric, then one value for each evaluation."""
     shown = data.evaluations[-6:] if len(data.evaluations) > 6 else data.evaluations
-    names = list(dict.fromkeys(name for item in shown for name in item.metrics))
+    found = dict.fromkeys(name for item in shown for name in item.metrics)
+    names = [name for name in NUMBERS if name in found] + [name for name in found if name not in NUMBERS]
+    gate = next((item.gate for item in reversed(shown) if item.gate is not None), None)
     titles = ["metric", *(one_line(item.label, 24) for item in shown)]
     rows = [
         [
-            _METRIC_WORDS.get(name, name.replace("_", " ")),
+            words_of(name, gate),
             *(_metric(item.metrics.get(name)) for item in shown),
         ]
         for name in names
     ]
+    return titles, rows
+
+
+def class_lines(data: ReportData) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of the classes: labelled, written, AP50 of the first and last evaluation."""
+    compared = [item for item in data.before_and_after if item.classes]
+    if not compared:
+        return [], []
+    last = compared[-1].classes
+    titles = ["class", "labelled", "written", *(f"AP50 {one_line(item.label, 24)}" for item in compared)]
+    rows = [
+        [
+            one_line(name, 40),
+            *(_metric(numbers.get(key)) for key in ("gt_objects", "pred_objects")),
+            *(_metric(item.classes.get(name, {}).get("map_50")) for item in compared),
+        ]
+        for name, numbers in list(last.items())[:MOST_CLASSES]
+    ]
+    if len(last) > MOST_CLASSES:
+        rows.append([f"and {len(last) - MOST_CLASSES} more", *[""] * (len(titles) - 1)])
     return titles, rows
 
 

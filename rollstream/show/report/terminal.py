@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -47,7 +49,14 @@ def _numbers(data: ReportData) -> RenderableType:
 
 def _evaluations(data: ReportData) -> RenderableType:
     titles, rows = phrases.evaluation_lines(data)
-    table = Table(title="evaluation", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    tables = [_titled("evaluation", titles, rows)]
+    if classes := phrases.class_lines(data)[1]:
+        tables.append(_titled("by class", phrases.class_lines(data)[0], classes))
+    return Group(*tables)
+
+
+def _titled(name: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, title in enumerate(titles):
         table.add_column(Text(title), justify="right" if index else "left")
     for row in rows:

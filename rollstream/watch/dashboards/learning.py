@@ -47,13 +47,14 @@ _LOSSES = Row(
         ),
         Panel(
             title="Evaluation",
-            meaning="By rollout on the validation set; never packed, never teacher-forced.",
+            meaning="Of the validation set; f1: any class at the gate; f1_class_50, map: right class.",
             unit="percentunit",
             queries=(
                 Query(
                     "max by (metric) ("
                     + series(
-                        "rollstream_evaluation_ratio", 'metric=~"eval_rollout_(f1|precision|recall|map)"'
+                        "rollstream_evaluation_ratio",
+                        'metric=~"eval_rollout_(f1|f1_50|f1_class_50|label_accuracy|map_50|map)"',
                     )
                     + ")",
                     "{{metric}}",
