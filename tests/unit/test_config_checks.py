@@ -228,39 +228,10 @@ def test_a_written_setting_that_would_be_ignored_is_refused(
     assert "1 problem\n" in report
 
 
-@pytest.mark.req("U-5")
-@pytest.mark.parametrize(
-    ("metric", "target", "said"),
-    [
-        ("ap50", 0.5, "no number of an evaluation"),
-        ("f1_clas_50", 0.5, "did you mean f1_class_50"),
-        ("map_50", 50.0, "map_50 is a share from 0 to 1"),
-    ],
-)
-def test_a_number_that_no_evaluation_has_is_refused_before_anything_starts(
-    tmp_path: Path, metric: str, target: float, said: str
-) -> None:
-    mapping = make_mapping()
-    put(mapping, "training.eval_every_steps", 10)
-    put(mapping, "training.early_stop.metric", metric)
-    put(mapping, "training.early_stop.target", target)
-
-    report = refusal(tmp_path, mapping)
-
-    assert said in report
-    assert "training.early_stop." in report
-
-
 @pytest.mark.req("S-6")
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training.early_stop.metric": "eval_rollout_map_50", "training.eval_every_steps": 10},
-        {
-            "training.early_stop.metric": "duplicates",
-            "training.early_stop.target": 3.0,
-            "training.eval_every_steps": 10,
-        },
         {"stage2_async.stall_timeout_s": 60, "custom.trainer_variant": "stage2_ab_training"},
         {f"{METHOD}.debug_dump_max": 3, f"{METHOD}.debug_dump_parse_failures": True},
         {"broker.tls.ca_file": "ca.pem", "broker.url": "rediss://host:6380/1", "broker.password_env": "P"},
