@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
-from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
+from broker_schemas.records.run_status import RunStatus
 from learner.ports import FetchedPack, LearnerBroker
 from learner.stall_limits import StallLimits
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from broker_schemas.broker.status import RunStatus
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import ImageReference, MatchedSegment
+from broker_schemas.records.run_status import RunStatus
 from learner.collation import SegmentPixels
 
 Evaluate = Callable[[Any, int], dict[str, float]]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from broker_schemas.broker.status import RunStatus
 from broker_schemas.records.reasons import DROP_REASONS, SKIP_REASONS
+from broker_schemas.records.run_status import RunStatus
 from learner.step_report import LogRow
 
 REALISED_RATIO_STEPS: Final = 50

@@ -9,12 +9,13 @@ from typing import Final, Literal, cast
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.payloads import fetch_segments, read_coming_packs, read_filled_packs
 from broker_schemas.broker.policy import publish_policy
-from broker_schemas.broker.status import RunStatus, read_status
+from broker_schemas.broker.status import read_status
 from broker_schemas.errors import RunStopped
 from broker_schemas.records import codec
 from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.packs import ClaimReason, ReadyPack, StepClaim
 from broker_schemas.records.records import Channel, MatchedSegment
+from broker_schemas.records.run_status import RunStatus
 
 SETTLE_BATCH: Final = 64
 ClaimMode = Literal["fallback", "wait", "sealed"]

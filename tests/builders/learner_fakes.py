@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from broker_schemas.broker.status import RunStatus
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import ImageReference, MatchedSegment
+from broker_schemas.records.run_status import RunStatus
 from learner.collation import SegmentPixels
 from learner.ports import FetchedPack
 from tests.builders.learners import make_pixels, make_segment

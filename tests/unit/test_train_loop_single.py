@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import DeadlinePassed, NonFiniteLoss, RunStopped
 from broker_schemas.records.packs import StepClaim
 from broker_schemas.records.records import MatchedSegment
+from broker_schemas.records.run_status import RunStatus
 from learner.checkpoints import latest_checkpoint, read_trainer_state
 from learner.losses import LossSettings
 from learner.settings import EarlyStopSettings

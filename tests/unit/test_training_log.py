@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import RunStopped
 from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.run_status import RunStatus
 from learner.metrics import LearnerMetrics
 from learner.step_report import RankPart, join_parts, log_row
 from learner.step_surroundings import queue_columns, realised_ratio
