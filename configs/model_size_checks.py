@@ -17,7 +17,7 @@ def check_model_size(config: RunConfig) -> Iterator[Problem]:
     yield from _sharding(config)
     yield from _learning_rates(config)
     yield from _parts(config)
-    yield from _not_there_yet(config)
+    yield from _adapters(config)
 
 
 def _sharding(config: RunConfig) -> Iterator[Problem]:
@@ -57,15 +57,17 @@ def _parts(config: RunConfig) -> Iterator[Problem]:
             yield Problem(message=message, paths=((*TRAINING, "learning_rates", part), (*TRAINING, "freeze")))
 
 
-def _not_there_yet(config: RunConfig) -> Iterator[Problem]:
-    """Keys that this version reads but cannot carry out."""
-    training = config.training
-    wanted = {
-        ("lora",): training.lora.rank is not None,
-        ("learning_rates", "coordinates"): training.learning_rates.coordinates is not None,
-    }
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            yield Problem(
-                message="is not there yet in this version; take the key out", paths=((*TRAINING, *name),)
-            )
+def _adapters(config: RunConfig) -> Iterator[Problem]:
+    lora = config.training.lora
+    rate: KeyPath = (*TRAINING, "learning_rates", "coordinates")
+    if lora.rank is None and config.training.learning_rates.coordinates is not None:
+        message = "is for the rows that are trained beside adapters; set training.lora.rank or take it out"
+        yield Problem(message=message, paths=(rate, (*TRAINING, "lora", "rank")))
+    twice = sorted({target for target in lora.targets if lora.targets.count(target) > 1})
+    if twice:
+        message = f"names {', '.join(twice)} more than once; keep one"
+        yield Problem(message=message, paths=((*TRAINING, "lora", "targets"),))
+    if lora.dora and config.rollout_matching.rollout_backend == "vllm" and config.b_ratio > 0:
+        message = "got true, but vLLM serves no DoRA adapters; set false, or rollout_backend: hf"
+        backend: KeyPath = ("custom", "extra", "rollout_matching", "rollout_backend")
+        yield Problem(message=message, paths=((*TRAINING, "lora", "dora"), backend))

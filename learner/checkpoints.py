@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from broker_schemas.errors import RunStopped
+from broker_schemas.errors import DataError, RunStopped
+from broker_schemas.method import adapter_folder
+from broker_schemas.method.adapters import AdapterPlan
 from learner.checksums import verify_checksums, write_checksums
 from learner.distributed import Ranks
 from learner.sharding import like_part, local_part
@@ -84,7 +86,8 @@ def write_checkpoint(
     def write() -> None:
         with whole_directory(final) as staging:
             try:
-                save_model_folder(trained.model, staging, companions, tensors=tensors)
+                save_weights(trained, staging, tensors)
+                copy_companions(companions, staging)
                 save_file(mine, staging / optimizer_file(0))
                 save_file(_random_tensors(), staging / _RANDOM_FILE)
             except SafetensorError as exc:  # a full disk comes as the library's own error
@@ -169,15 +172,39 @@ def restore_checkpoint(
     return state
 
 
+def save_weights(
+    trained: TrainedWeights,
+    folder: Path,
+    tensors: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write what is trained into ``folder``: a model's weights and config, or an adapter that names its base.
+
+    ``tensors`` and ``dtype`` as for ``save_model_weights``.
+    """
+    if trained.adapter is None:
+        save_model_weights(trained.model, folder, tensors=tensors, dtype=dtype)
+        return
+    kept = trained.tensors() if tensors is None else tensors
+    adapter_folder.write_adapter(folder, trained.adapter, kept if dtype is None else _in_format(kept, dtype))
+
+
 def save_model_folder(
+    model: Any, folder: Path, companions: Path, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write weights, model config and the companion files of a Hugging Face folder into ``folder``."""
+    save_model_weights(model, folder, dtype=dtype)
+    copy_companions(companions, folder)
+
+
+def save_model_weights(
     model: Any,
     folder: Path,
-    companions: Path,
     *,
     tensors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write weights, model config and the companion files of a Hugging Face folder into ``folder``.
+    """Write weights and model config of a Hugging Face folder into ``folder``.
 
     ``tensors`` are the weights, None those of ``model``; ``dtype`` turns floating ones into that format.
     """
@@ -190,23 +217,39 @@ def save_model_folder(
     # it empties the dictionary that it is given
     model.save_pretrained(folder, state_dict=dict(tensors), max_shard_size=SHARD_SIZE)
     _note_dtype(folder / "config.json", tensors)
-    copy_companions(companions, folder)
 
 
 def load_weights(folder: Path, trained: TrainedWeights) -> None:
-    """Load the safetensors weights of a Hugging Face folder, to the bit; raises RunStopped."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise RunStopped(f"{folder}: no model*.safetensors, expected the weights of a checkpoint")
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        tensors |= _read_tensors(path)
+    """Load what ``save_weights`` wrote, to the bit; raises RunStopped."""
+    tensors = _model_tensors(folder) if trained.adapter is None else _adapter_tensors(folder, trained.adapter)
     missing, unexpected = trained.load(tensors)
     if missing or unexpected:
         raise RunStopped(
             f"{folder}: weights of another model, missing {missing[:3]}, unexpected {unexpected[:3]}; "
             "give the model that the checkpoint was made with"
         )
+
+
+def _model_tensors(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        kind = "an adapter" if adapter_folder.is_adapter(folder) else "no model*.safetensors"
+        raise RunStopped(f"{folder}: got {kind}, expected the weights of a whole model")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        tensors |= _read_tensors(path)
+    return tensors
+
+
+def _adapter_tensors(folder: Path, plan: AdapterPlan) -> dict[str, Tensor]:
+    if not adapter_folder.is_adapter(folder):
+        raise RunStopped(f"{folder}: got no {adapter_folder.CONFIG_FILE}, expected an adapter of this run")
+    try:
+        stored = adapter_folder.read_adapter(folder)
+        adapter_folder.check_base(stored.plan.base, plan.base, folder)
+    except DataError as exc:
+        raise RunStopped(str(exc)) from exc
+    return stored.tensors
 
 
 def optimizer_tensors(trained: TrainedWeights, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -168,11 +168,11 @@ class Milestones:
         """Return a model that rank 0 can run by itself: what is trained, or a copy of all its shards."""
         if not self._trained.is_sharded:
             return self._trained.model
-        tensors = self._trained.whole_tensors(keep=self._ranks.is_first)
+        tensors = self._trained.whole_tensors(keep=self._ranks.is_first, with_base=True)
         if not self._ranks.is_first:
             return None
         dtype = self._settings.publication_dtype or torch.float32
-        return unsharded_copy(self._trained.model, tensors, dtype).to(self._ranks.device)
+        return unsharded_copy(self._trained, tensors, dtype).to(self._ranks.device)
 
     def checkpoint_if_due(self, state: TrainerState) -> None:
         """Write a checkpoint after each ``save_every_steps`` steps, and after the best evaluation so far."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from learner.losses import LossSettings
-from learner.model_parts import Part
+from learner.model_parts import AdapterSettings, FrozenPart
 from learner.optimization import OptimizationSettings
 from learner.sharding import Precision, Sharding
 
@@ -38,6 +38,7 @@ class LearnerSettings:
     ``publication_dtype``: format of published weights, None as the model computes.
     ``num_rollouts_in_step``: the segments of every B step where its packs are trained as they fill [S-8];
     None where a step is trained when it is claimed.
+    ``adapter``: what is trained in place of the model's weights, None for the weights themselves.
     """
 
     checkpoints_dir: Path
@@ -60,7 +61,8 @@ class LearnerSettings:
     evaluation_timeout_s: float = 3600.0
     precision: Precision = "float32"
     sharding: Sharding = "none"
-    frozen_parts: tuple[Part, ...] = ()
+    frozen_parts: tuple[FrozenPart, ...] = ()
+    adapter: AdapterSettings | None = None
     publication_dtype: torch.dtype | None = None
     is_checkpointing_activations: bool = False
     num_rollouts_in_step: int | None = None

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from broker_schemas.errors import ConfigError
+from broker_schemas.method.adapters import tie_coordinate_rows
 from learner.distributed import Ranks
 from learner.packed_forward import RowLoss
 
@@ -29,6 +30,11 @@ def place_model(row_loss: RowLoss, ranks: Ranks, sharding: Sharding, precision: 
     rank ever holds the whole of it in host memory. Raises ConfigError for ranks that cannot share.
     """
     model = row_loss.model
+    if precision == "bf16":
+        # before others make room for them: a frozen weight has no exact copy, so nobody needs its float32
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
     if ranks.world_size > 1:
         _make_room(model, ranks)
     if sharding == "none":
@@ -119,6 +125,7 @@ def _make_room(model: Any, ranks: Ranks) -> None:
         # memory that nobody wrote costs nothing on the host
         model.to_empty(device="cpu")
         model.tie_weights()
+        tie_coordinate_rows(model)
 
 
 def _layers(model: Any) -> Iterator[torch.nn.Module]:

@@ -17,7 +17,7 @@ from learner.collation import PackedRow
 from learner.determinism import seed_step
 from learner.filler_rows import with_filler
 from learner.milestones import LearnerParts, Milestones
-from learner.model_parts import freeze_parts
+from learner.model_parts import adapt_model, freeze_parts
 from learner.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from learner.overlapped_rows import StepRows
 from learner.packed_forward import RowLoss
@@ -68,13 +68,16 @@ class _Loop:
         self._settings = settings
         self._ranks = parts.ranks
         freeze_parts(parts.model, settings.frozen_parts)
+        adapter = None
+        if settings.adapter is not None:
+            adapter = adapt_model(parts.model, settings.adapter, settings.frozen_parts, seed=settings.seed)
         self._row_loss = RowLoss(parts.model.train())
         if settings.is_checkpointing_activations:
             parts.model.gradient_checkpointing_enable({"use_reentrant": False})
         place_model(self._row_loss, parts.ranks, settings.sharding, settings.precision)
         is_whole = settings.sharding == "none"
         # a sharded model has its float32 weights and casts them layer by layer
-        self._trained = TrainedWeights(parts.model, settings.precision if is_whole else "float32")
+        self._trained = TrainedWeights(parts.model, settings.precision if is_whole else "float32", adapter)
         self._optimizer = build_optimizer(self._trained.parameters.items(), settings.optimization)
         self._milestones = Milestones(parts, settings, self._trained, self._optimizer)
         self._state = TrainerState(optimizer_step=0)

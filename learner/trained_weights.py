@@ -6,14 +6,15 @@ optimizer's weights, gradient sums and moments are float32, and bfloat16 is what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from learner.sharding import Precision, is_sharded, local_part, take_whole, whole
+from broker_schemas.method.adapters import AdapterPlan, add_adapters
+from learner.sharding import Precision, is_sharded, take_whole, whole
 
 
 class TrainedWeights:
@@ -21,12 +22,16 @@ class TrainedWeights:
 
     Under ``float32`` both are the same tensors. Under ``bf16`` the model is turned into bfloat16 in place;
     its gradients are moved into those of ``parameters`` as soon as they are there and add up in float32.
-    Frozen weights have no float32 copy.
+    Frozen weights have no float32 copy. With ``adapter`` it and the coordinate rows are all that is kept and
+    published: the rest is the base.
     """
 
-    def __init__(self, model: Any, precision: Precision = "float32") -> None:
+    def __init__(
+        self, model: Any, precision: Precision = "float32", adapter: AdapterPlan | None = None
+    ) -> None:
         self.model = model
         self.precision = precision
+        self.adapter = adapter
         self._computing: dict[str, Parameter] = {}
         if precision == "float32":
             self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -48,42 +53,53 @@ class TrainedWeights:
             for name, parameter in self._computing.items():
                 parameter.copy_(self.parameters[name])
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, *, with_base: bool = False) -> dict[str, Tensor]:
         """Return every weight under the names of the model's state, trained ones as the optimizer holds them;
-        tied names share one tensor.
+        tied names share one tensor. Of an adapter without its base, unless ``with_base``.
         """
         found: dict[str, Tensor] = dict(self.model.state_dict())
         for name, parameter in self._aliases():
             if name in found and parameter in self.parameters:
                 found[name] = self.parameters[parameter].detach()
-        return found
+        kept = found.keys() if with_base else self._kept(found)
+        return {name: tensor for name, tensor in found.items() if name in kept}
 
-    def whole_tensors(self, *, keep: bool) -> dict[str, Tensor]:
+    def whole_tensors(self, *, keep: bool, with_base: bool = False) -> dict[str, Tensor]:
         """Return copies of ``tensors()`` on the CPU, put together from all ranks; empty without ``keep``.
 
         Where the model is sharded, every rank must call it.
         """
-        copies: dict[int, Tensor] = {}
+        copies: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
-        for name, tensor in self.tensors().items():
+        owners = dict(self._aliases())
+        for name, tensor in self.tensors(with_base=with_base).items():
             # tied names stay one tensor
-            place = local_part(tensor).data_ptr()
-            if place not in copies:
+            owner = owners.get(name, name)
+            if owner not in copies:
                 gathered = whole(tensor.detach())
-                copies[place] = gathered.cpu().clone() if keep else gathered.new_empty(0)
-            found[name] = copies[place]
+                copies[owner] = gathered.cpu().clone() if keep else gathered.new_empty(0)
+            found[name] = copies[owner]
         return found if keep else {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-        """Take ``tensors`` as ``whole_tensors()`` gave them; return (missing, unexpected) names."""
+        """Take ``tensors`` as ``whole_tensors()`` gave them, with an adapter's base or without it; return
+        (missing, unexpected) names.
+        """
         own = dict(self.model.state_dict())
         with torch.no_grad():
             for name in own.keys() & tensors.keys():
                 take_whole(own[name], tensors[name])
                 if name in self._computing:
                     take_whole(self.parameters[name], tensors[name])
-        untied = own.keys() - tensors.keys() - set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        untied = self._kept(own) - tensors.keys() - tied
         return sorted(untied), sorted(tensors.keys() - own.keys())
+
+    def _kept(self, names: Iterable[str]) -> set[str]:
+        """Return which of ``names`` a checkpoint holds."""
+        if self.adapter is None:
+            return set(names)
+        return set(names) & self.parameters.keys()
 
     def _split(self, name: str, parameter: Parameter) -> None:
         exact = Parameter(parameter.data.to(torch.float32))
@@ -107,10 +123,12 @@ class TrainedWeights:
             yield name, first[id(parameter)]
 
 
-def unsharded_copy(model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    """Return a model of the kind of ``model`` with the weights ``tensors`` in ``dtype``, on the CPU."""
+def unsharded_copy(trained: TrainedWeights, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+    """Return a model of the kind of the trained one with the weights ``tensors`` in ``dtype``, on the CPU."""
     from transformers import AutoModelForImageTextToText
 
-    copy = AutoModelForImageTextToText.from_config(model.config, dtype=dtype)
+    copy = AutoModelForImageTextToText.from_config(trained.model.config, dtype=dtype)
+    if trained.adapter is not None:
+        add_adapters(copy, trained.adapter)
     TrainedWeights(copy).load(tensors)
     return copy.eval()

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from learner.checkpoints import save_model_folder
+from learner.checkpoints import save_weights
 from learner.trained_weights import TrainedWeights
-from learner.whole_directory import keep_last, whole_directory
+from learner.whole_directory import copy_companions, keep_last, whole_directory
 
 PREFIX: Final = "v"
 
@@ -62,7 +62,10 @@ def publish_weights(
     final = parent / f"{PREFIX}{policy_version}"
     with whole_directory(final) as staging:
         try:
-            save_model_folder(trained.model, staging, companions, tensors=tensors, dtype=dtype)
+            save_weights(trained, staging, tensors, dtype)
+            if trained.adapter is None:
+                # beside an adapter they would outweigh it, and its base has them
+                copy_companions(companions, staging)
         except SafetensorError as exc:
             raise OSError(str(exc)) from exc
     keep_last(parent, PREFIX, num_kept)

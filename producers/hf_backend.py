@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 
 from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import DataError
+from broker_schemas.method.adapter_folder import is_adapter, load_adapter, read_adapter
 from broker_schemas.method.dataset import Sample
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import load_policy
@@ -51,16 +52,21 @@ class ChosenLogprobs(LogitsProcessor):  # type: ignore[misc]
 
 @dataclass(frozen=True, kw_only=True)
 class HfBackendSettings:
-    """``decode_batch_size`` caps one generation call; ``device`` is a torch device name."""
+    """``decode_batch_size`` caps one generation call; ``device`` is a torch device name. ``base`` is the
+    folder of the model that adapters are put on.
+    """
 
     decoding: DecodingSettings
     decode_batch_size: int = 4
     device: str = "cpu"
     dtype: str = "float32"
+    base: Path | None = None
 
 
 class HfBackend:
-    """Generates in this process with the weights of the published folder."""
+    """Generates in this process with the weights of the published folder; adapters go on the base, which is
+    loaded once.
+    """
 
     def __init__(
         self, prompts: PromptBuilder, images: ImageProcessor, settings: HfBackendSettings, model: Any = None
@@ -83,10 +89,13 @@ class HfBackend:
         """Load the weights of ``policy`` unless they are in use; raises DataError."""
         if policy.policy_version == self._policy_version:
             return
+        folder, settings = Path(policy.weights_path), self._settings
         if self._model is None:
-            self._model = load_policy(policy.weights_path, self._settings.dtype).to(self._settings.device)
+            self._model = load_policy(folder, settings.dtype, base=settings.base).to(settings.device)
+        elif is_adapter(folder):
+            load_adapter(self._model, read_adapter(folder), folder)
         else:
-            load_weights(self._model, Path(policy.weights_path))
+            load_weights(self._model, folder)
         self._policy_version = policy.policy_version
 
     def generate(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Generation]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
 from broker_schemas.errors import DataError
+from broker_schemas.method.adapter_folder import is_adapter, load_adapter, read_adapter, read_base
+from broker_schemas.method.adapters import BaseModel, add_adapters
 from broker_schemas.method.coordinates import CoordVocabulary
+from broker_schemas.method.model_fingerprint import model_fingerprint
 from broker_schemas.method.prompt import load_tokenizer
 from broker_schemas.method.vocabulary_width import (
     check_vocabulary_width,
@@ -37,12 +39,21 @@ def resolve_model_dir(name_or_path: str | Path) -> Path:
     return folder
 
 
-def load_policy(model_dir: str | Path, dtype: str = "float32", *, attn_implementation: str = "sdpa") -> Any:
+def load_policy(
+    model_dir: str | Path,
+    dtype: str = "float32",
+    *,
+    attn_implementation: str = "sdpa",
+    base: str | Path | None = None,
+) -> Any:
     """Return the model in ``model_dir`` on the CPU, in ``dtype`` and evaluation mode.
 
-    Raises DataError for a folder that is no model, an unknown dtype, or coordinate tokens that lie outside
-    the logits [M-11].
+    An adapter is put on its base: ``base`` where that is the model it was trained on, else the folder that it
+    names. Raises DataError for a folder that is no model, an adapter without its base, an unknown dtype, or
+    coordinate tokens that lie outside the logits [M-11].
     """
+    if is_adapter(Path(model_dir)):
+        return _load_adapted(Path(model_dir), base, dtype, attn_implementation)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -64,6 +75,33 @@ def load_policy(model_dir: str | Path, dtype: str = "float32", *, attn_implement
         raise DataError(
             f"model folder {folder}: cannot be loaded ({exc}); download or save it again"
         ) from exc
+    return model.eval()
+
+
+def base_of(folder: Path, base: str | Path | None = None) -> Path:
+    """Return where the base of the adapter in ``folder`` lies: at ``base``, or where it was when trained.
+
+    Raises DataError where it is at neither.
+    """
+    wanted = read_base(folder)
+    for path in (base, wanted.path):
+        if path is None or not Path(path).is_dir():
+            continue
+        found = BaseModel(path=str(path), fingerprint=model_fingerprint(Path(path)))
+        if wanted.fingerprint in ("", found.fingerprint):
+            return Path(path)
+    given = f", and {base} is another model" if base is not None and Path(base).is_dir() else ""
+    raise DataError(
+        f"{folder}: an adapter without its base {wanted.path} ({wanted.fingerprint}){given}; put that model "
+        "back, or give its folder as model.name_or_path"
+    )
+
+
+def _load_adapted(folder: Path, base: str | Path | None, dtype: str, attn_implementation: str) -> Any:
+    adapter = read_adapter(folder)
+    model = load_policy(base_of(folder, base), dtype, attn_implementation=attn_implementation)
+    add_adapters(model, adapter.plan)
+    load_adapter(model, adapter, folder)
     return model.eval()
 
 
@@ -102,17 +140,11 @@ def check_model_folder(folder: Path) -> CoordVocabulary:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    path = folder / "adapter_config.json"
-    if not path.is_file() or (folder / "config.json").is_file():
-        return
-    try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        base = None
-    raise DataError(
-        f"model folder {folder}: got an adapter without its base {base!r}, expected a whole model; "
-        "give the folder of the base, or merge the two into one"
-    )
+    if is_adapter(folder):
+        raise DataError(
+            f"model folder {folder}: got an adapter without its base {read_base(folder).path!r}, expected a "
+            "whole model; give the folder of the base, or merge the two: rollstream model export"
+        )
 
 
 def _cached_snapshot(name: str) -> Path:

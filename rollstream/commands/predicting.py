@@ -15,9 +15,10 @@ from typing import Any, Final
 import yaml
 
 from broker_schemas.errors import DataError
+from broker_schemas.method.adapter_folder import is_adapter
 from broker_schemas.method.coordinates import pixels_from_bin
 from broker_schemas.method.images import open_upright
-from broker_schemas.method.model_folder import resolve_model_dir
+from broker_schemas.method.model_folder import base_of, resolve_model_dir
 from configs import RunConfig, load_config
 from learner.checkpoints import latest_checkpoint
 from rollstream.evaluation.evaluation import Evaluator
@@ -97,7 +98,7 @@ def _find_model(model: Path) -> tuple[Path, Path | None]:
         if checkpoint is None:
             raise DataError(f"{model}: a run without a checkpoint yet; give a model folder")
         return checkpoint, run.resolved_config if run.resolved_config.is_file() else None
-    folder = resolve_model_dir(model)
+    folder = model if is_adapter(model) else resolve_model_dir(model)
     own = RunFolder(folder.resolve().parent.parent).resolved_config
     return folder, own if own.is_file() else None
 
@@ -134,7 +135,9 @@ def _config(work: Path, folder: Path, resolved: Path | None, max_new_tokens: int
     """Return the run's configuration, or a plain one, over the pictures in ``work``."""
     jsonl = str(work / "images.jsonl")
     overrides = [f"data.train_jsonl={jsonl}", f"data.val_jsonl={jsonl}", "data.root=null"]
-    overrides += [f"model.name_or_path={json.dumps(str(folder))}", "model.config=null"]
+    # an adapter speaks and sees as its base does
+    whole = base_of(folder) if is_adapter(folder) else folder
+    overrides += [f"model.name_or_path={json.dumps(str(whole))}", "model.config=null"]
     if max_new_tokens is not None:
         overrides.append(f"custom.extra.rollout_matching.max_new_tokens={max_new_tokens}")
         overrides.append(f"training.global_max_length={max_new_tokens + (1 << 16)}")
@@ -145,7 +148,7 @@ def _config(work: Path, folder: Path, resolved: Path | None, max_new_tokens: int
     plain = {
         "run": {"name": "predict"},
         "data": {"train_jsonl": jsonl, "val_jsonl": jsonl},
-        "model": {"name_or_path": str(folder)},
+        "model": {"name_or_path": str(whole)},
         "custom": {
             "trainer_variant": "stage2_ab_training",
             "extra": {"rollout_matching": {"max_new_tokens": max_new_tokens or DEFAULT_NEW_TOKENS}},

@@ -14,6 +14,7 @@ from typing import Any
 
 from broker_schemas.broker.rollout_requests import RolloutRequest
 from broker_schemas.errors import ConfigError, DataError
+from broker_schemas.method.adapter_folder import is_adapter
 from broker_schemas.method.dataset import Sample
 from broker_schemas.method.model_folder import load_policy
 from broker_schemas.records.records import SegmentRecord
@@ -92,7 +93,8 @@ class Evaluator:
         device = (
             f"cuda:{self._config.devices.rollout_gpus[0]}" if self._config.devices.rollout_gpus else "cpu"
         )
-        model = load_policy(folder, self._config.rollout_dtype).to(device)
+        base = access.model_dir(self._config) if is_adapter(folder) else None
+        model = load_policy(folder, self._config.rollout_dtype, base=base).to(device)
         return self.evaluate(model, progress=progress)
 
     def _evaluate_batch(self, backend: HfBackend, start: int) -> list[dict[str, Any]]:

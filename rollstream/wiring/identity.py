@@ -6,11 +6,11 @@ import hashlib
 import json
 import uuid
 from pathlib import Path
-from typing import Any, Final
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.run_identity import adopt_run
 from broker_schemas.errors import DataError
+from broker_schemas.method.model_fingerprint import model_fingerprint
 from broker_schemas.records.identity import RunIdentity, going_on
 from configs import RunConfig
 from configs.deciding_values import split_values
@@ -18,9 +18,6 @@ from configs.show import resolved_yaml
 from rollstream.run_folder import RunFolder, read_json_map
 from rollstream.staged_folder import write_atomically
 from rollstream.wiring import access
-
-_SAMPLED_BLOCKS: Final = 64
-_BLOCK_BYTES: Final = 4096
 
 
 def settle_identity(config: RunConfig) -> RunIdentity:
@@ -88,29 +85,3 @@ def data_fingerprint(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as exc:
         raise DataError(f"data.train_jsonl: {path} cannot be read ({exc})") from exc
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Return a digest of a model folder: its JSON files whole, its weights by sizes, heads and samples.
-
-    Seconds for any size: of each weight file 64 blocks are read beside its head.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".json":
-            digest.update(path.name.encode() + path.read_bytes())
-        elif path.suffix == ".safetensors":
-            digest.update(path.name.encode())
-            _add_samples(digest, path)
-    return digest.hexdigest()[:16]
-
-
-def _add_samples(digest: Any, path: Path) -> None:
-    size = path.stat().st_size
-    digest.update(size.to_bytes(8, "little"))
-    with path.open("rb") as file:
-        head = int.from_bytes(file.read(8), "little")
-        digest.update(file.read(min(head, size)))
-        for number in range(_SAMPLED_BLOCKS):
-            file.seek(size * number // _SAMPLED_BLOCKS)
-            digest.update(file.read(_BLOCK_BYTES))

@@ -59,6 +59,7 @@ def rollout_backend(config: RunConfig, broker: Broker, index: int = 0) -> Rollou
             decode_batch_size=config.rollout_matching.decode_batch_size,
             device=rollout_device(config, index),
             dtype=config.rollout_dtype,
+            base=folder,
         ),
     )
 

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from broker_schemas.method.adapters import BaseModel
 from broker_schemas.records.records import Channel, ImageReference, MatchedSegment
 from learner.collation import CollationSettings, PackedRow, SegmentPixels
+from learner.model_parts import AdapterSettings
 from learner.packed_forward import hidden_row
 
 IMAGE_TOKEN_ID = 100
@@ -75,6 +77,18 @@ def tiny_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, attention: 
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config)
     return model.to(dtype).train()
+
+
+def adapter_settings(**changes: Any) -> AdapterSettings:
+    """Return small adapters on text, vision and mergers of the tiny model, coordinate rows beside them."""
+    fields: dict[str, Any] = {
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": ("q_proj", "o_proj", "down_proj", "qkv", "linear_fc1"),
+        "coordinate_ids": COORD_IDS,
+        "base": BaseModel(path="/models/base", fingerprint="0123456789abcdef"),
+    }
+    return AdapterSettings(**{**fields, **changes})
 
 
 def make_segment(

@@ -10,16 +10,23 @@ import torch
 from safetensors.torch import load_file
 
 from broker_schemas.errors import ConfigError
+from broker_schemas.method.adapter_folder import read_adapter
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from learner.packed_forward import RowLoss
 from learner.sharding import Sharding, local_part, place_model
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker, step_packs
 from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for
-from tests.builders.learners import tiny_model
+from tests.builders.learners import adapter_settings, tiny_model
 from tests.distributed.rank_processes import meet, run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+ADAPTER_RUNS: dict[str, dict[str, Any]] = {
+    "adapter-none": {},
+    "adapter-full": {"sharding": "full"},
+    "adapter-bf16": {"sharding": "full", "precision": "bf16"},
+    "adapter-bf16-none": {"precision": "bf16"},
+}
 TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
 
 
@@ -58,6 +65,8 @@ def _all_in_turn(rank: int, folder: Path) -> None:
     _run(rank, folder, "uneven-none", UnevenBroker(2))
     _run(rank, folder, "uneven-full", UnevenBroker(2), sharding="full")
     _run(rank, folder, "bf16", FakeBroker(2), sharding="full", precision="bf16")
+    for name, changes in ADAPTER_RUNS.items():
+        _run(rank, folder, name, FakeBroker(2), adapter=adapter_settings(), **changes)
     ranks = meet(folder, "parts", rank)
     row_loss = RowLoss(tiny_model(seed=3) if rank == 0 else tiny_model(seed=4).to("meta"))
     place_model(row_loss, ranks, "full", "float32")
@@ -80,6 +89,10 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / name / "checkpoints" / f"checkpoint-{NUM_STEPS}" / "model.safetensors"))
+
+
+def adapter_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return read_adapter(folder / name / "checkpoints" / f"checkpoint-{NUM_STEPS}").tensors
 
 
 @pytest.mark.timeout(600)
@@ -116,6 +129,24 @@ def test_a_sharded_bfloat16_run_keeps_float32_weights(folder: Path) -> None:
     assert {value.dtype for value in weights_of(folder, "bf16").values()} == {torch.float32}
     found, expected = rows_of(folder, "bf16"), rows_of(folder, "none")
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=0.02)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.req("L-3", "L-5")
+def test_a_sharded_adapter_run_has_the_losses_and_weights_of_a_whole_one(folder: Path) -> None:
+    assert rows_of(folder, "adapter-full") == rows_of(folder, "adapter-none")
+    expected, found = adapter_of(folder, "adapter-none"), adapter_of(folder, "adapter-full")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.req("L-2", "L-3", "L-5")
+def test_adapters_in_bfloat16_keep_float32_weights_sharded_or_not(folder: Path) -> None:
+    exact = [row["loss"] for row in rows_of(folder, "adapter-none")]
+    for name in ("adapter-bf16", "adapter-bf16-none"):
+        assert {value.dtype for value in adapter_of(folder, name).values()} == {torch.float32}
+        assert [row["loss"] for row in rows_of(folder, name)] == pytest.approx(exact, rel=0.02)
 
 
 @pytest.mark.req("L-3")
