@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Literal, TypeVar, cast
 
 from broker_schemas.broker.broker import Broker
@@ -43,8 +45,32 @@ class SegmentSink:
         Raises BrokerFull, with nothing pushed, when they do not fit the byte budget; BrokerUnavailable when
         the broker let go of a body before it was admitted: push again.
         """
-        if not records:
-            return []
+        return self._encoded(records)() if records else []
+
+    def push_when_room(self, records: Sequence[SegmentRecord], *, deadline_s: float) -> list[PushStatus]:
+        """Push as soon as the byte budget allows; raises DeadlinePassed after ``deadline_s``."""
+        return _when_room(self._encoded(records), deadline_s) if records else []
+
+    def push_batches(
+        self, batches: Iterable[Sequence[SegmentRecord]], *, deadline_s: float
+    ) -> Iterator[list[PushStatus]]:
+        """Push batches in their order, the next encoded while the last is under way; yield their statuses.
+
+        Each is a transition of its own and waits for room as ``push_when_room`` does. What was pushed before
+        an error stays, and is a duplicate when it is pushed again.
+        """
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="push") as hand:
+            under_way = None
+            for batch in batches:
+                send = self._encoded(batch) if batch else list
+                if under_way is not None:
+                    yield under_way.result()
+                under_way = hand.submit(_when_room, send, deadline_s)
+            if under_way is not None:
+                yield under_way.result()
+
+    def _encoded(self, records: Sequence[SegmentRecord]) -> Callable[[], list[PushStatus]]:
+        """Return what sends ``records``, as often as it is called."""
         settings = self._settings
         arguments: list[str | int | bytes] = [
             settings.max_bytes,
@@ -58,37 +84,38 @@ class SegmentSink:
             if key not in bodies:
                 bodies[key] = record.encode_body()
         arguments += [segment_line(record) for record in records]
-        reply = self._broker.run(
-            "push_segments",
-            ["segments", "seen:now", "seen:before"],
-            arguments,
-            bodies=list(bodies.items()),
-        )
+        return partial(self._send, arguments, list(bodies.items()), len(records))
+
+    def _send(
+        self, arguments: Sequence[str | int | bytes], bodies: Sequence[tuple[str, bytes]], num: int
+    ) -> list[PushStatus]:
+        named_keys = ["segments", "seen:now", "seen:before"]
+        reply = self._broker.run("push_segments", named_keys, arguments, bodies=bodies)
         if isinstance(reply, list):
             raise BrokerFull(
-                f"pushing {len(records)} rollouts: got {reply[1]} bytes in use of {settings.max_bytes}, "
+                f"pushing {num} rollouts: got {reply[1]} bytes in use of {self._settings.max_bytes}, "
                 "expected room; wait for the learner, or raise broker.max_bytes"
             )
         statuses = reply.decode().split()
         if "no_body" in statuses:
             raise BrokerUnavailable(
-                f"pushing {len(records)} rollouts: {statuses.count('no_body')} bodies were gone before they "
+                f"pushing {num} rollouts: {statuses.count('no_body')} bodies were gone before they "
                 "were admitted; push again, what was admitted is a duplicate then"
             )
         return cast("list[PushStatus]", statuses)
 
-    def push_when_room(self, records: Sequence[SegmentRecord], *, deadline_s: float) -> list[PushStatus]:
-        """Push as soon as the byte budget allows; raises DeadlinePassed after ``deadline_s``."""
-        give_up_at = time.monotonic() + deadline_s
-        pause_s = 0.05
-        while True:
-            try:
-                return self.push(records)
-            except BrokerFull as exc:
-                if time.monotonic() + pause_s > give_up_at:
-                    raise DeadlinePassed(f"broker full for {deadline_s:g} s: {exc}") from exc
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 1.0)
+
+def _when_room(send: Callable[[], list[PushStatus]], deadline_s: float) -> list[PushStatus]:
+    give_up_at = time.monotonic() + deadline_s
+    pause_s = 0.05
+    while True:
+        try:
+            return send()
+        except BrokerFull as exc:
+            if time.monotonic() + pause_s > give_up_at:
+                raise DeadlinePassed(f"broker full for {deadline_s:g} s: {exc}") from exc
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1.0)
 
 
 def segment_line(record: SegmentRecord) -> str:

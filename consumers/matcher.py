@@ -1,4 +1,7 @@
-"""The matcher's loop: reads rollouts, matches each, commits what became of them in one transition."""
+"""The matcher's loop: reads rollouts, matches each, commits what became of them in one transition.
+
+While a batch is matched the one before it is committed and the one after it is read.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from broker_schemas.broker.group_reader import IDLE_MS
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.broker.policy import PublishedPolicy, read_policy
 from broker_schemas.broker.role_loop import keep_stepping
-from broker_schemas.errors import BodyMissing, RecordError
+from broker_schemas.errors import BodyMissing, BrokerError, RecordError
 from broker_schemas.records import codec
 from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.records import SegmentRecord
@@ -24,6 +30,8 @@ from consumers.record_matching import MatcherTools, MatchOutcome, ParseFailure, 
 log = logging.getLogger(__name__)
 # a record found again is judged alone; dying with it in hand is the second death
 TRIES_ALONE = 1
+# what is read ahead waits for a whole batch, and another takes over what waits for long
+READ_AHEAD_BELOW_S = IDLE_MS / 5000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,32 +82,73 @@ class Matcher:
         self._settings = settings
         self._dump = dump
         self._outlived: set[bytes] = set()
+        self._hands = ThreadPoolExecutor(max_workers=2, thread_name_prefix="matcher")
+        self._ahead: list[RawEntry] = []
+        self._committing: Future[None] | None = None
+        self._last_batch_s = 0.0
 
     def loop(self, stop: threading.Event) -> None:
-        """Step until ``stop``; a broker that is away is waited for."""
+        """Step until ``stop``, then finish what was read ahead; a broker that is away is waited for."""
         keep_stepping(
-            lambda: self.step(time.monotonic()), stop, role="matcher", on_trouble=self._door.look_again
+            lambda: self.step(time.monotonic()), stop, role="matcher", on_trouble=self._start_afresh
         )
+        try:
+            if self._ahead:
+                self._match(self._taken_ahead())
+            self._finish_commit()
+        except BrokerError as exc:
+            log.warning("matcher: %s; what it held is found again by another", exc)
 
     def step(self, now_s: float) -> int:
-        """Match one batch; return how many rollouts it held. Raises BrokerError."""
-        # between batches nothing is in hand, so what is pending here was lost on its way
+        """Match one batch; return how many rollouts it held. Raises BrokerError.
+
+        It is committed on return, unless the next one is read already: then while that is matched.
+        """
         count = self._settings.batch_size
-        if self._door.is_due(now_s) and (entries := self._door.found_again(now_s, count=count)):
-            # one of them may have killed a matcher: each alone, so that the next death names it
-            for entry in entries:
-                self._match_alone(entry)
-            return len(entries)
-        entries = self._door.read(count=count, block_ms=self._settings.block_ms)
+        if self._door.is_due(now_s):
+            # what is pending and neither read ahead nor under way was lost on its way
+            self._finish_commit()
+            held = {entry.entry_id for entry in self._ahead}
+            if entries := self._door.found_again(now_s, count=count, held=held):
+                # one of them may have killed a matcher: each alone, so that the next death names it
+                for entry in entries:
+                    self._match_alone(entry)
+                return len(entries)
+        entries = self._taken_ahead() or self._door.read(count=count, block_ms=self._settings.block_ms)
         if entries:
+            started_s, reading = time.monotonic(), None
+            if len(entries) == count and self._last_batch_s < READ_AHEAD_BELOW_S:  # more may wait
+                reading = self._hands.submit(self._door.read, count=count, block_ms=None)
             self._match(entries)
+            self._last_batch_s = time.monotonic() - started_s
+            self._ahead = reading.result() if reading is not None else []
+        if not self._ahead:
+            self._finish_commit()
         return len(entries)
+
+    def _taken_ahead(self) -> list[RawEntry]:
+        entries, self._ahead = self._ahead, []
+        return entries
+
+    def _start_afresh(self) -> None:
+        """Forget what was under way: what is still pending is found again."""
+        self._ahead = []
+        with suppress(BrokerError):
+            self._finish_commit()
+        self._door.look_again()
+
+    def _finish_commit(self) -> None:
+        """Wait for the commit that is under way; raises what it met."""
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            committing.result()
 
     def _match_alone(self, entry: RawEntry) -> None:
         """Match an entry with a note in the broker, for whoever dies over it; to outlive it is no death."""
         tries = 1 if entry.entry_id in self._outlived else self._door.note_try(entry)
         self._outlived.add(entry.entry_id)
         self._match([entry], tries=tries)
+        self._finish_commit()
         self._outlived.discard(entry.entry_id)
         self._door.forget_tries(entry)
 
@@ -113,9 +162,13 @@ class Matcher:
             else self._rejected(entry, "killed_its_matcher", f"a matcher died {tries} times while it had it")
             for entry in entries
         ]
+        send = self._door.prepare_commit(verdicts, oldest_policy_version=oldest)
         seconds = time.monotonic() - started_s
-        statuses = self._door.commit(verdicts, oldest_policy_version=oldest)
-        self._metrics.on_batch(statuses, seconds)
+        self._finish_commit()
+        self._committing = self._hands.submit(self._commit, send, seconds)
+
+    def _commit(self, send: Callable[[], list[str]], seconds: float) -> None:
+        self._metrics.on_batch(send(), seconds)
 
     def _oldest_policy_version(self, policy: PublishedPolicy | None) -> int:
         if self._settings.version_window is None:

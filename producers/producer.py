@@ -27,6 +27,7 @@ from producers.rollout_backend import RolloutBackend
 
 log = logging.getLogger(__name__)
 HUNG_AFTER_TIMEOUT_S: Final = 30.0
+PUSH_BATCH: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Producer:
         """Generate and push the records of ``request``; return what the broker said of each.
 
         A request that is closed already is left alone: an empty list.
-        Raises BrokerError, DataError, DeadlinePassed; nothing is pushed then, or all of it.
+        Raises BrokerError, DataError, DeadlinePassed; what is pushed then is a duplicate in the next try.
         """
         if not renew_lease(self.broker, request.request_id, self.settings.lease):
             return []
@@ -90,9 +91,11 @@ class Producer:
             num_tokens = sum(len(item.response_token_ids) for item in generations)
             self.metrics.on_generated(num_tokens, generation_s, self.backend.policy_version)
             pushing_s = time.monotonic()
-            statuses = self.sink.push_when_room(records, deadline_s=self.settings.deadline_s)
+            batches = [records[first : first + PUSH_BATCH] for first in range(0, len(records), PUSH_BATCH)]
+            pushed = self.sink.push_batches(batches, deadline_s=self.settings.deadline_s)
+            statuses = [status for batch in pushed for status in batch]
             self.metrics.on_pushed(statuses, time.monotonic() - pushing_s)
-        return list(statuses)
+        return list[str](statuses)
 
     def _follow_policy(self) -> None:
         give_up_at = time.monotonic() + self.settings.deadline_s

@@ -43,8 +43,10 @@ class GroupReader:
     _own_after: bytes | None = field(default=START, init=False)
     _others_from: bytes | None = field(default=START, init=False)
 
-    def read(self, *, count: int, block_ms: int) -> list[Row]:
-        """Return up to ``count`` new entries, waiting up to ``block_ms`` for the first; may be empty."""
+    def read(self, *, count: int, block_ms: int | None) -> list[Row]:
+        """Return up to ``count`` new entries, waiting up to ``block_ms`` for the first (None: not at all);
+        may be empty.
+        """
         client, stream = self.broker.client, self.broker.keys.named(self.stream)
         return rows_of(
             self._ask(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Literal
 
 from broker_schemas.broker.broker import Broker
@@ -57,16 +58,19 @@ class MatcherDoor:
         self.look_again = self._reader.look_again
         self.is_due = self._reader.is_due
 
-    def read(self, *, count: int, block_ms: int) -> list[RawEntry]:
-        """Return up to ``count`` new rollouts, waiting up to ``block_ms`` for the first; may be empty."""
+    def read(self, *, count: int, block_ms: int | None) -> list[RawEntry]:
+        """Return up to ``count`` new rollouts, waiting up to ``block_ms`` for the first (None: not at all);
+        may be empty.
+        """
         return self._with_bodies(self._reader.read(count=count, block_ms=block_ms))
 
-    def found_again(self, now_s: float, *, count: int) -> list[RawEntry]:
+    def found_again(self, now_s: float, *, count: int, held: Container[bytes] = ()) -> list[RawEntry]:
         """Return rollouts that are pending and in nobody's hands: see ``GroupReader.found_again``.
 
-        Whatever this matcher was given and has not committed is among them: ask between batches only.
+        Whatever this matcher was given and has not committed is among them, but for ``held`` (entry ids):
+        ask between batches only.
         """
-        return self._with_bodies(self._reader.found_again(now_s, count=count))
+        return self._with_bodies(self._reader.found_again(now_s, count=count, held=held))
 
     def note_try(self, entry: RawEntry) -> int:
         """Note that ``entry`` is now judged alone; return how often it was, this time included."""
@@ -95,20 +99,29 @@ class MatcherDoor:
 
     def commit(self, verdicts: Sequence[MatchVerdict], *, oldest_policy_version: int) -> list[str]:
         """Commit verdicts in one transition; return a status for each (``gone``: someone else was faster)."""
-        if not verdicts:
-            return []
+        return self.prepare_commit(verdicts, oldest_policy_version=oldest_policy_version)()
+
+    def prepare_commit(
+        self, verdicts: Sequence[MatchVerdict], *, oldest_policy_version: int
+    ) -> Callable[[], list[str]]:
+        """Encode a commit; what is returned sends it, in any thread, and returns what ``commit`` does."""
         arguments: list[str | int | bytes] = [MATCHER_GROUP, oldest_policy_version, len(verdicts)]
         bodies: list[tuple[str, bytes]] = []
         for verdict in verdicts:
             arguments += _verdict_arguments(verdict)
             if verdict.segment is not None and verdict.outcome == "matched":
                 bodies.append((self.broker.keys.made(verdict.entry.record_id), verdict.segment.encode_body()))
+        return partial(self._send_commit, arguments, bodies) if verdicts else list
+
+    def _send_commit(
+        self, arguments: Sequence[str | int | bytes], bodies: Sequence[tuple[str, bytes]]
+    ) -> list[str]:
         named_keys = ["segments", "matched", "rejected", "evaluations"]
         reply = self.broker.run("commit_match", named_keys, arguments, bodies=bodies)
         statuses: list[str] = reply.decode().split()
         if "no_body" in statuses:
             raise BrokerUnavailable(
-                f"committing {len(verdicts)} rollouts: {statuses.count('no_body')} segments were gone before "
+                f"committing {len(statuses)} rollouts: {statuses.count('no_body')} segments were gone before "
                 "they were taken; their rollouts are still pending"
             )
         return statuses

@@ -117,7 +117,7 @@ def test_a_broker_that_is_away_is_no_death(real_broker: Broker, monkeypatch: pyt
     matcher = a_matcher(real_broker)
     for _ in range(3):
         with monkeypatch.context() as away:
-            away.setattr(MatcherDoor, "commit", lambda *_, **__: 1 / 0)
+            away.setattr(MatcherDoor, "prepare_commit", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 matcher.step(0.0)
         matcher._door.look_again()
