@@ -9,10 +9,8 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from learner.distributed import Ranks
-from learner.losses import LossSettings
 from learner.metrics import LearnerMetrics
 from learner.milestones import LearnerParts
-from learner.optimization import OptimizationSettings
 from learner.packed_forward import position_rule_of
 from learner.settings import LearnerSettings
 from learner.step_rows import RowSources
@@ -21,6 +19,7 @@ from learner.train_loop import LearnerOutcome, run_learner
 from learner.training_log import TrainingLog
 from tests.builders.learner_fakes import FakeBroker, FakeGroundTruth, FakePixels
 from tests.builders.learners import COLLATION, COORD_IDS, tiny_model
+from tests.builders.settings import learner_settings, loss_settings, optimization_settings
 
 NUM_STEPS = 6
 
@@ -33,8 +32,8 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
         "checkpoints_dir": folder / name / "checkpoints",
         "policy_dir": folder / name / "policy",
         "companions": companions,
-        "loss": LossSettings(coord_ids=COORD_IDS),
-        "optimization": OptimizationSettings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
+        "loss": loss_settings(coord_ids=COORD_IDS),
+        "optimization": optimization_settings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
         "max_steps": NUM_STEPS,
         "b_ratio": "0.5",
         "row_capacity_tokens": 64,
@@ -44,7 +43,7 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
         "num_policies_kept": 10,
         "stall_timeout_s": 60.0,
     }
-    return LearnerSettings(**{**fields, **changes})
+    return learner_settings(**{**fields, **changes})
 
 
 def run_one(ranks: Ranks, settings: LearnerSettings, broker: FakeBroker, **parts: Any) -> LearnerOutcome:
