@@ -197,7 +197,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     pack_all_but_one(brokers["packer"])
     assert read_policy(brokers["packer"]) is not None
 
-    in_order = LearnerDoor(brokers["learner"], ClaimSettings(world_size=1, packs_per_rank=3))
+    in_order = LearnerDoor(brokers["learner"], claim_settings(world_size=1, packs_per_rank=3))
     coming, others = (
         tuple(pack for pack, _ in door.fetch_coming(0, optimizer_step=0, policy_version=0))
         for door in (learner, in_order)
