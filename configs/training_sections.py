@@ -108,6 +108,8 @@ class TrainingSection(Section):
     min_learning_rate: Weight = 0.0
     """Where cosine and linear end; a part with a learning rate of its own ends at the same share of it."""
     learning_rates: LearningRatesSection = Field(default_factory=LearningRatesSection)
+    non_finite_loss: Literal["stop", "quarantine"] = "stop"
+    """What a rollout with a loss that is no number does: ends the run, or is taken out of its step."""
     precision: Literal["bf16", "float32"] | None = None
     """bf16 = bfloat16 arithmetic, float32 weights, gradient sums and moments; null = bf16 on GPUs only."""
     loss_chunk_positions: CountOrZero = 256

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from broker_schemas.errors import RunStopped
-from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import MatchedSegment
 from learner.ports import FetchedPack
 
@@ -40,6 +40,11 @@ class GroundTruthOnlyBroker:
     ) -> Sequence[FetchedPack]:
         """There are none."""
         return ()
+
+    def quarantine(self, *, optimizer_step: int, segments: Sequence[Untrainable]) -> None:
+        raise RunStopped(
+            f"optimizer step {optimizer_step}: got rollouts to take out in a run without a queue"
+        )
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         """Do nothing: there is no queue to tell."""

@@ -27,18 +27,19 @@ class LossSettings:
     ``temperature_coord``: divides coordinate logits. ``*_weight``: weight of each term of the slot loss.
     ``desc_ce_weight``: weight of ``desc`` tokens in the mean cross-entropy (channel A; channel B masks
     them). ``chunk_positions``: supervised positions whose logits exist at a time, 0 for all of a row; read
-    by ``chunked_losses`` [L-4].
+    by ``chunked_losses`` [L-4]. ``keeps_non_finite``: a loss that is not finite is left to the caller.
     """
 
     coord_ids: tuple[int, ...]
-    target_sigma: float
-    target_truncate: int | None
-    temperature_coord: float
-    soft_ce_weight: float
-    w1_weight: float
-    gate_weight: float
-    desc_ce_weight: float
+    target_sigma: float = 2.0
+    target_truncate: int | None = None
+    temperature_coord: float = 1.0
+    soft_ce_weight: float = 1.0
+    w1_weight: float = 1.0
+    gate_weight: float = 1.0
+    desc_ce_weight: float = 1.0
     chunk_positions: int = 0
+    keeps_non_finite: bool = False
 
     def __post_init__(self) -> None:
         if len(self.coord_ids) != NUM_BINS or len(set(self.coord_ids)) != NUM_BINS or min(self.coord_ids) < 0:
@@ -131,7 +132,9 @@ def position_terms(logits: Tensor, supervision: RowSupervision, settings: LossSe
 
 
 def reduce_terms(terms: PositionTerms, supervision: RowSupervision, settings: LossSettings) -> SegmentLosses:
-    """Return the losses of the row's segments from its terms; raises NonFiniteLoss naming the segments."""
+    """Return the losses of the row's segments from its terms; raises NonFiniteLoss naming the segments,
+    unless the settings keep them.
+    """
     num_segments, dtype = supervision.num_segments, terms.ce.dtype
     ce_weights = cross_entropy_weights(supervision, settings, dtype)
     slots = slot_losses(terms, settings)
@@ -152,7 +155,8 @@ def reduce_terms(terms: PositionTerms, supervision: RowSupervision, settings: Lo
         num_prefix_slots=_segment_sum(in_prefix, slot_segment, num_segments),
         num_tail_slots=_segment_sum(1 - in_prefix, slot_segment, num_segments),
     )
-    _check_finite(losses)
+    if not settings.keeps_non_finite:
+        _check_finite(losses)
     return losses
 
 

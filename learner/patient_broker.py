@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
 from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
-from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import MatchedSegment
 from broker_schemas.records.run_status import RunStatus
 from learner.ports import FetchedPack, LearnerBroker
@@ -64,6 +64,9 @@ class PatientBroker:
         return self._broker.fetch_coming(
             rank, optimizer_step=optimizer_step, policy_version=policy_version, num_taken=num_taken
         )
+
+    def quarantine(self, *, optimizer_step: int, segments: Sequence[Untrainable]) -> None:
+        self._ask(lambda: self._broker.quarantine(optimizer_step=optimizer_step, segments=segments))
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         self._ask(lambda: self._broker.commit_step(optimizer_step=optimizer_step, summary=summary))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import ImageReference, MatchedSegment
 from broker_schemas.records.run_status import RunStatus
 from learner.collation import SegmentPixels
@@ -43,6 +43,10 @@ class LearnerBroker(Protocol):
 
         It moves and promises nothing; the claim may name other packs.
         """
+        ...
+
+    def quarantine(self, *, optimizer_step: int, segments: Sequence[Untrainable]) -> None:
+        """Take segments out of the claim of the step, for ever; repeatable."""
         ...
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:

@@ -19,9 +19,9 @@ class EarlyStopSettings:
     without a better one. It is a key of ROLLOUT_MATCHING section 10 without its ``eval_rollout_``.
     """
 
-    metric: str
-    target: float | None
-    patience: int | None
+    metric: str = "f1"
+    target: float | None = None
+    patience: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +47,24 @@ class LearnerSettings:
     loss: LossSettings
     optimization: OptimizationSettings
     max_steps: int
-    b_ratio: str
-    seed: int
-    gradient_accumulation_steps: int
+    b_ratio: str = "0"
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
     row_capacity_tokens: int = 2048
-    sync_every_steps: int
-    save_every_steps: int
-    eval_every_steps: int
-    num_checkpoints_kept: int
+    sync_every_steps: int = 1
+    save_every_steps: int = 50
+    eval_every_steps: int = 0
+    num_checkpoints_kept: int = 2
     num_policies_kept: int = 4
     is_policy_published: bool = True
-    stall_timeout_s: float
+    stall_timeout_s: float = 300.0
     evaluation_timeout_s: float = 3600.0
-    precision: Precision
-    sharding: Sharding
+    precision: Precision = "float32"
+    sharding: Sharding = "none"
     frozen_parts: tuple[FrozenPart, ...] = ()
     adapter: AdapterSettings | None = None
     publication_dtype: torch.dtype | None = None
     is_checkpointing_activations: bool = False
     num_rollouts_in_step: int | None = None
-    early_stop: EarlyStopSettings
+    early_stop: EarlyStopSettings = EarlyStopSettings()
     run_id: str = ""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from broker_schemas.records.packs import StepClaim
+from broker_schemas.records.packs import StepClaim, Untrainable
 from learner.step_rows import LoadedRow
 from learner.train_step import LossSums, StepUpdate
 
@@ -20,7 +20,8 @@ LogRow = dict[str, float | int | str]
 class RankPart:
     """One rank's part of a step, gathered while it runs and told to all ranks as JSON.
 
-    ``busy_s``: computing; ``wait_s``: waiting for the decision and for rows.
+    ``busy_s``: computing; ``wait_s``: waiting for the decision and for rows; ``broken``: segments that
+    cannot be trained.
     """
 
     sums: LossSums = field(default_factory=LossSums)
@@ -30,6 +31,7 @@ class RankPart:
     busy_s: float = 0.0
     wait_s: float = 0.0
     is_stop_requested: bool = False
+    broken: list[Untrainable] = field(default_factory=list)
 
     def note_row(self, loaded: LoadedRow) -> None:
         """Count a row that is about to be trained."""
@@ -38,12 +40,20 @@ class RankPart:
         self.fills.append(loaded.fill)
 
     def to_body(self) -> dict[str, Any]:
-        return {**vars(self), "sums": asdict(self.sums), "counters": dict(self.counters)}
+        broken = [asdict(item) for item in self.broken]
+        return {
+            **vars(self), "sums": asdict(self.sums), "counters": dict(self.counters), "broken": broken
+        }  # fmt: skip
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> RankPart:
         return cls(
-            **{**body, "sums": LossSums(**body["sums"]), "counters": Counter(body["counters"])},
+            **{
+                **body,
+                "sums": LossSums(**body["sums"]),
+                "counters": Counter(body["counters"]),
+                "broken": [Untrainable(**item) for item in body["broken"]],
+            },
         )
 
 
@@ -57,6 +67,7 @@ def join_parts(parts: Sequence[RankPart]) -> RankPart:
         joined.fills.extend(part.fills)
         joined.busy_s += part.busy_s / len(parts)
         joined.wait_s += part.wait_s / len(parts)
+        joined.broken += part.broken
         joined.is_stop_requested = joined.is_stop_requested or part.is_stop_requested
     return joined
 

@@ -9,26 +9,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from broker_schemas.errors import BrokerError, DataError, RecordError
-from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import MatchedSegment
 from learner.collation import CollationSettings, PackedRow, PositionRule, collate_row
 from learner.dataset_positions import plan_rows, share_of_rank
 from learner.ports import FetchedPack, GroundTruthSource, LearnerBroker, PixelSource
+from learner.quarantine import load_trainable
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRow:
     """A row and what is reported about it: ``fill`` of its capacity, ``counters`` of M-12 summed over its
-    segments, ``lags`` in policy versions when claimed, one for each rollout segment.
+    segments, ``lags`` in policy versions when claimed, one for each rollout segment. There is no row where
+    it has ``broken`` segments.
     """
 
-    row: PackedRow
-    fill: float
-    counters: Counter[str]
-    lags: tuple[int, ...]
+    row: PackedRow | None
+    fill: float = 0.0
+    counters: Counter[str] = field(default_factory=Counter)
+    lags: tuple[int, ...] = ()
+    broken: tuple[Untrainable, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +61,8 @@ class PacksAhead:
     def row_of(self, pack: ReadyPack, policy_version: int) -> LoadedRow | None:
         """Return the row that was built of exactly this pack, for a claim at this version."""
         is_first = bool(self.fetched) and self.fetched[0][0] == pack
-        if not is_first or self.first is None:
-            return None
+        if not is_first or self.first is None or self.first.row is None:
+            return None  # what could not be loaded then is judged now
         return replace(self.first, lags=_lags(self.fetched[0][1], policy_version))
 
 
@@ -111,6 +114,8 @@ class RowLoader:
 
     def load_ahead(self, optimizer_step: int, policy_version: int) -> None:
         """Start building the A rows of a coming step; what is not asked for afterwards is let go."""
+        if self._ahead is not None and self._ahead[0] == optimizer_step:
+            return
         self._ahead = (
             optimizer_step,
             self._thread.submit(self._ground_truth_rows, optimizer_step, policy_version),
@@ -151,8 +156,12 @@ class RowLoader:
         *,
         then: Callable[[], None] = lambda: None,
     ) -> Iterator[LoadedRow]:
-        """Yield the rows of packs of a step, in their order; none for no pack. ``then`` as in ``rows_of``."""
+        """Yield the rows of packs of a step, in their order; none for a pack that all segments left.
+
+        ``then`` as in ``rows_of``.
+        """
         pending, self._packs_ahead = self._packs_ahead, None
+        packs = [pack for pack in packs if pack.record_ids]
         if not packs:
             then()
             return
@@ -204,7 +213,9 @@ class RowLoader:
         source = self._sources.pixels
         if source is None:
             raise DataError(f"pack {pack.pack_id}: got a rollout in a run without a pixel source")
-        pixels = [source.load_pixels(segment.images) for segment in segments]
+        pixels, broken = load_trainable(segments, source, self._sources.collation)
+        if broken:
+            return LoadedRow(row=None, broken=tuple(broken))
         counters: Counter[str] = Counter()
         for segment in segments:
             counters.update(segment.counters)

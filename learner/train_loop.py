@@ -21,8 +21,9 @@ from learner.model_parts import adapt_model, freeze_parts
 from learner.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from learner.overlapped_rows import StepRows
 from learner.packed_forward import RowLoss
+from learner.quarantine import take_out
 from learner.settings import LearnerSettings
-from learner.sharding import place_model
+from learner.sharding import local_part, place_model
 from learner.step_decision import FilledPacks, decide_step, scheduled_kind
 from learner.step_report import RankPart, join_parts, log_row
 from learner.step_rows import LoadedRow, RowLoader
@@ -135,21 +136,25 @@ class _Loop:
         """
         clock, started = self._parts.clock, self._parts.clock()
         decided_in_s = self._decided_in_s
-        part, claim = self._micro_steps(decision, RankPart(wait_s=decided_in_s))
-        if claim is not None and not self._is_whole(decision, claim):
-            # more or fewer rollouts than a step has: the means were over the wrong number
+        while True:
+            part, claim = self._micro_steps(decision, RankPart(wait_s=decided_in_s))
+            if claim is None:
+                self._optimizer.zero_grad(set_to_none=True)
+                return None
+            if not self._is_whole(decision, claim):
+                # more or fewer rollouts than a step has: the means were over the wrong number
+                self._optimizer.zero_grad(set_to_none=True)
+                decision = claim
+                continue
+            part.busy_s = clock() - started - (part.wait_s - decided_in_s)
+            part.is_stop_requested = self._parts.stop.is_set
+            arrived = clock()
+            joined = self._join(claim, part)
+            peers_s = clock() - arrived
+            if not joined.broken:
+                break
             self._optimizer.zero_grad(set_to_none=True)
-            part, claim = self._micro_steps(claim, RankPart(wait_s=decided_in_s))
-        if claim is None:
-            self._optimizer.zero_grad(set_to_none=True)
-            return None
-        part.busy_s = clock() - started - (part.wait_s - decided_in_s)
-        part.is_stop_requested = self._parts.stop.is_set
-        arrived = clock()
-        what = f"micro-steps of optimizer step {claim.optimizer_step}"
-        gathered = self._ranks.gather(part.to_body(), what=what)
-        joined = join_parts([RankPart.from_body(body) for body in gathered])
-        peers_s = clock() - arrived
+            decision = self._take_out(claim, joined)
         update = self._update(claim.optimizer_step)
         finished = clock()
         joined.wait_s += peers_s
@@ -157,6 +162,19 @@ class _Loop:
         step_s = finished - started + decided_in_s
         self._commit(claim, joined, update, step_s)
         return joined.is_stop_requested
+
+    def _join(self, claim: StepClaim, part: RankPart) -> RankPart:
+        what = f"micro-steps of optimizer step {claim.optimizer_step}"
+        return join_parts([RankPart.from_body(b) for b in self._ranks.gather(part.to_body(), what=what)])
+
+    def _take_out(self, claim: StepClaim, joined: RankPart) -> StepClaim:
+        return take_out(
+            claim,
+            joined.broken,
+            broker=self._parts.sources.broker,
+            is_first=self._ranks.is_first,
+            weights=(local_part(parameter) for parameter in self._trained.parameters.values()),
+        )
 
     def _micro_steps(
         self, decision: StepClaim | FilledPacks, part: RankPart
@@ -181,6 +199,7 @@ class _Loop:
             num_segments_in_step=num_segments,
             loss_settings=settings.loss,
             device=self._ranks.device,
+            broken=part.broken if settings.loss.keeps_non_finite else None,
         )
         return part, steps.claim
 
@@ -194,8 +213,12 @@ class _Loop:
             part.wait_s += self._parts.clock() - started
             if loaded is None:
                 return
-            part.note_row(loaded)
-            yield loaded.row
+            if loaded.row is None:
+                part.broken += loaded.broken
+            elif not any(item.reason != "quarantined_loss" for item in part.broken):
+                # the step begins again once all rows were looked at: none needs to be computed till then
+                part.note_row(loaded)
+                yield loaded.row
 
     def _in_step_with_all(self, rows: Iterator[PackedRow]) -> Iterator[PackedRow]:
         """Yield ``rows``, and where the model is sharded rows without loss until every rank has done its own.

@@ -6,16 +6,19 @@ with the claim; so packing, accumulation and world size change nothing [P-9].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from broker_schemas.records.packs import Untrainable
 from learner.collation import PackedRow
 from learner.distributed import Ranks
 from learner.losses import LossSettings, SegmentLosses
 from learner.packed_forward import RowLoss
+from learner.quarantine import without_a_number
 from learner.sharding import is_sharded, local_part, num_copies
 from learner.trained_weights import TrainedWeights
 
@@ -74,18 +77,22 @@ def run_micro_steps(
     num_segments_in_step: int,
     loss_settings: LossSettings,
     device: torch.device,
+    broken: list[Untrainable] | None = None,
 ) -> LossSums:
     """Run one forward and backward per row, gradients adding up locally; return this rank's sums.
 
     ``num_segments_in_step`` counts the segments of all ranks. No rows: no gradient, zero sums.
-    Raises NonFiniteLoss naming the segment.
+    Segments whose loss is not finite are added to ``broken``; raises NonFiniteLoss naming them without it.
     """
     sums = LossSums()
     for row in rows:
         on_device = row.to(device)
         total, losses = row_loss(on_device, loss_settings)
         torch.autograd.backward(total / num_segments_in_step)
-        sums = sums + _sums_of(losses, row.num_tokens)
+        of_row = _sums_of(losses, row.num_tokens)
+        if broken is not None and not math.isfinite(of_row.total):
+            broken += without_a_number(losses)
+        sums = sums + of_row
     return sums
 
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.role_loop import keep_stepping
@@ -45,8 +45,8 @@ class DispatcherSettings:
     demand: DemandSettings | None
     capacity_tokens: int
     start_segments_per_pack: float = 4.0
-    lease: LeaseSettings
-    job_timeout_s: int
+    lease: LeaseSettings = field(default_factory=LeaseSettings)
+    job_timeout_s: int = 900
     poll_s: float = 0.1
 
 

@@ -57,9 +57,9 @@ class HfBackendSettings:
     """
 
     decoding: DecodingSettings
-    decode_batch_size: int
+    decode_batch_size: int = 4
     device: str = "cpu"
-    dtype: str
+    dtype: str = "float32"
     base: Path | None = None
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from broker_schemas.broker.broker import Broker
@@ -38,9 +38,9 @@ class ProducerSettings:
     """
 
     name: str
-    lease: LeaseSettings
+    lease: LeaseSettings = field(default_factory=LeaseSettings)
     deadline_s: float = 120.0
-    job_timeout_s: int
+    job_timeout_s: int = 900
 
 
 @dataclass

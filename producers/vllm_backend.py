@@ -36,7 +36,7 @@ class VllmBackendSettings:
 
     decoding: DecodingSettings
     retry: RetrySettings
-    decode_batch_size: int
+    decode_batch_size: int = 4
 
 
 class VllmBackend:

@@ -125,9 +125,9 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         Grant(
             commands=(
                 f"{CALL} time del exists hdel hexists hget hgetall hincrby hset hsetnx mget strlen unlink "
-                "xadd xdel xlen xrange zadd zcard zcount zrange zrangebyscore zrem"
+                "getrange xadd xdel xlen xrange zadd zcard zcount zrange zrangebyscore zrem"
             ),
-            writes="events counters claims claim:* sealed ready:* payload:* policy open_step",
+            writes="events counters claims claim:* sealed ready:* payload:* policy open_step rejected",
         ),
         # scripts name these keys; what they do with them is read
         Grant(commands=CALL, writes="events counters open_step matched claims archive"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, cast
@@ -13,10 +14,11 @@ from broker_schemas.broker.status import read_status
 from broker_schemas.errors import RunStopped
 from broker_schemas.records import codec
 from broker_schemas.records.freshness import oldest_allowed
-from broker_schemas.records.packs import ClaimReason, ReadyPack, StepClaim
+from broker_schemas.records.packs import ClaimReason, ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import Channel, MatchedSegment
 from broker_schemas.records.run_status import RunStatus
 
+log = logging.getLogger(__name__)
 SETTLE_BATCH: Final = 64
 ClaimMode = Literal["fallback", "wait", "sealed"]
 
@@ -33,8 +35,8 @@ class ClaimSettings:
 
     world_size: int
     packs_per_rank: int = 1
-    version_window: int
-    mode: ClaimMode
+    version_window: int = 2
+    mode: ClaimMode = "fallback"
     num_rollouts: int = 0
     archived_only: bool = False
     processor_fingerprint: str = ""
@@ -116,6 +118,33 @@ class LearnerDoor:
         segments = iter(self.fetch_segments([name for pack in wanted for name in pack.record_ids]))
         return [(pack, [next(segments) for _ in pack.record_ids]) for pack in wanted]
 
+    def quarantine(self, *, optimizer_step: int, segments: Sequence[Untrainable]) -> None:
+        """Take segments out of the claim of a step that no checkpoint covers; said twice, the first stays.
+
+        Raises RunStopped for a segment that is not in this claim.
+        """
+        arguments = [text for item in segments for text in (item.record_id, item.reason, item.detail)]
+        reply = self._broker.run(
+            "quarantine",
+            [f"claim:{optimizer_step}", "rejected"],
+            [optimizer_step, len(segments), *arguments],
+        )
+        unknown = [
+            item.record_id
+            for item, status in zip(segments, reply.split(), strict=True)
+            if status == b"unknown"
+        ]
+        if unknown:
+            raise RunStopped(
+                f"optimizer step {optimizer_step}: its claim does not hold {', '.join(unknown)}, or a "
+                "checkpoint covers it already, so there is nothing to take out"
+            )
+        for item in segments:
+            log.warning(
+                "optimizer step %d: rollout %s is taken out of it (%s): %s",
+                *(optimizer_step, item.record_id, item.reason, item.detail),
+            )
+
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         """Record that the step was taken; said twice, the first stays.
 
@@ -165,7 +194,8 @@ def claim_from_fields(optimizer_step: int, world_size: int, flat: Sequence[bytes
             mine.append(ReadyPack.from_body(codec.decode_map(raw)))
         packs.append(tuple(mine))
     kind = cast(Channel, fields[b"kind"].decode())
-    return StepClaim(
+    out = {name.decode().removeprefix("out:") for name in fields if name.startswith(b"out:")}
+    claim = StepClaim(
         optimizer_step=optimizer_step,
         kind=kind,
         reason=cast(ClaimReason, fields[b"reason"].decode()),
@@ -173,6 +203,7 @@ def claim_from_fields(optimizer_step: int, world_size: int, flat: Sequence[bytes
         packs=tuple(packs) if kind == "B" else (),
         short_ranks=tuple(int(rank) for rank in fields[b"short"].split()),
     )
+    return claim.without(out) if out else claim
 
 
 def _claim_lost(optimizer_step: int) -> RunStopped:

@@ -29,7 +29,7 @@ class MatchedRow(NamedTuple):
 
 
 class RejectedRow(NamedTuple):
-    """One record of a `rejected` event."""
+    """One record of a `rejected` or `quarantined` event."""
 
     record_id: str
     reason: str
@@ -78,7 +78,7 @@ class LogEvent:
         return [MatchedRow(name, int(length)) for name, length in self._rows("records")]
 
     def rejected_rows(self) -> list[RejectedRow]:
-        """Return the records of a `rejected` event."""
+        """Return the records of a `rejected` or `quarantined` event."""
         return [RejectedRow(name, reason) for name, reason in self._rows("records")]
 
     def claimed_packs(self) -> list[ClaimedPack]:

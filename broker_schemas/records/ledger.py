@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from broker_schemas.records.events import ClaimedPack, LogEvent
-from broker_schemas.records.packs import ClaimReason
+from broker_schemas.records.packs import ClaimReason, without
 from broker_schemas.records.records import Channel
 
 Stage = Literal[
@@ -26,7 +26,7 @@ ALLOWED: Final[dict[Stage, tuple[Stage | None, ...]]] = {
     "claimed": ("packed",),
     "trained": ("claimed",),
     "dropped": ("pushed", "matched", "packed"),
-    "rejected": ("requested", "pushed"),
+    "rejected": ("requested", "pushed", "claimed", "trained"),
 }
 
 
@@ -186,6 +186,22 @@ def _claimed(ledger: Ledger, event: LogEvent) -> None:
     ledger.steps[step.optimizer_step] = step
 
 
+def _quarantined(ledger: Ledger, event: LogEvent) -> None:
+    """What left its claim is rejected, although it may have been trained: a resume trains the step again."""
+    optimizer_step, rows = event.number("optimizer_step"), event.rejected_rows()
+    for record_id, reason in rows:
+        ledger.move(record_id, "rejected", event).reason = reason
+    gone = {record_id for record_id, _ in rows}
+    step = ledger.steps.get(optimizer_step)
+    if step is None or not gone <= {name for pack in step.packs for name in pack.record_ids}:
+        ledger.faults.append(
+            f"event {event.event_id}: optimizer step {optimizer_step} never claimed what was quarantined"
+        )
+        return
+    packs = tuple(pack._replace(record_ids=without(pack.record_ids, gone)) for pack in step.packs)
+    ledger.steps[optimizer_step] = replace(step, packs=packs)
+
+
 def _undone(ledger: Ledger, event: LogEvent) -> None:
     ledger.num_undone += 1
     if event.kind == UNDONE + "claimed":
@@ -244,6 +260,7 @@ HANDLERS: Final[dict[str, Callable[[Ledger, LogEvent], None]]] = {
     "evaluated": _evaluated,
     "rejected": _rejected,
     "dropped": _dropped,
+    "quarantined": _quarantined,
     "packed": _packed,
     "sealed": _noted,
     "run_adopted": _noted,

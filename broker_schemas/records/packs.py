@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Literal
 
 from broker_schemas.errors import SchemaTooNew
 from broker_schemas.records import codec
 from broker_schemas.records.body_fields import BodyReader
+from broker_schemas.records.reasons import QuarantineReason
 from broker_schemas.records.records import NOT_STEP_BOUND, Channel
 
 _INTEGER: Final = re.compile(rb"-?[0-9]{1,18}")
@@ -92,6 +93,19 @@ class ReadyPack:
     def total_tokens(self) -> int:
         return sum(self.lengths)
 
+    def without(self, record_ids: Collection[str]) -> ReadyPack:
+        """Return the pack without some of its segments; it may be left with none."""
+        staying = [place for place, name in enumerate(self.record_ids) if name not in record_ids]
+        if len(staying) == len(self.record_ids):
+            return self
+        lengths = tuple(self.lengths[place] for place in staying)
+        return replace(
+            self,
+            record_ids=without(self.record_ids, record_ids),
+            lengths=lengths,
+            fill=self.fill * sum(lengths) / self.total_tokens,
+        )
+
     def to_body(self) -> dict[str, Any]:
         return {
             "pack_id": self.pack_id,
@@ -137,6 +151,12 @@ class StepClaim:
     def record_ids(self) -> tuple[str, ...]:
         return tuple(name for packs in self.packs for pack in packs for name in pack.record_ids)
 
+    def without(self, record_ids: Collection[str]) -> StepClaim:
+        """Return the claim as it stands once segments were taken out of it."""
+        return replace(
+            self, packs=tuple(tuple(pack.without(record_ids) for pack in packs) for packs in self.packs)
+        )
+
     def to_body(self) -> dict[str, Any]:
         return {
             "optimizer_step": self.optimizer_step,
@@ -158,3 +178,17 @@ class StepClaim:
             packs=tuple(tuple(ReadyPack.from_body(pack) for pack in packs) for packs in body["packs"]),
             short_ranks=tuple(read.int_list("short_ranks", low=0, high=1 << 20)),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untrainable:
+    """A claimed segment that cannot be trained, and why."""
+
+    record_id: str
+    reason: QuarantineReason
+    detail: str
+
+
+def without(record_ids: Sequence[str], gone: Collection[str]) -> tuple[str, ...]:
+    """Return ``record_ids`` but for those that are ``gone``, in their order."""
+    return tuple(name for name in record_ids if name not in gone)

@@ -35,6 +35,13 @@ RejectionReason = Literal[
     "image_token_in_answer",
     "image_tokens_differ",
     "image_outside_root",
+    "quarantined_image",  # its image cannot be opened any more
+    "quarantined_loss",  # its loss is not finite
+    "quarantined_segment",  # it contradicts itself, its image or the model
+    "quarantined_by_hand",  # `rollstream quarantine`
+]
+QuarantineReason = Literal[
+    "quarantined_image", "quarantined_loss", "quarantined_segment", "quarantined_by_hand"
 ]
 # why an object of a rollout is dropped in parsing, in the order in which it is looked for; `unbalanced` is
 # found by the scan, before any of the others

@@ -1,4 +1,4 @@
-"""`rollstream gc`, `replay`: what a run's queue left behind, in the broker and in the archive."""
+"""`rollstream gc`, `replay`, `quarantine`: what a run's queue left behind, in broker and archive."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command("gc")(collect)
     app.command()(replay)
+    app.command()(quarantine)
 
 
 def collect(
@@ -63,3 +64,16 @@ def replay(
         Console(highlight=False).print(report.render())
     if not report.changes and not report.is_equal:
         raise typer.Exit(1)
+
+
+def quarantine(
+    run: RunPath,
+    record_id: Annotated[str, typer.Argument(help="id of a rollout, as the learner's message names it")],
+    why: Annotated[str, typer.Option(help="kept with the rollout")] = "by hand",
+) -> None:
+    """Take a rollout that cannot be trained out of its step, for good; the learner must not run."""
+    from rollstream.stack.quarantining import quarantine_record
+
+    step = quarantine_record(run, record_id, detail=why)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{record_id} is out of optimizer step {step}; start the run again", markup=False)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from rollstream.commands.loading import load_run
-from rollstream.commands.options import AsJson, BrokerUrl, ConfigPath, Overrides, RunPath, WatchedPath
+from rollstream.commands.options import AsJson, ConfigPath, Overrides, RunPath
 from rollstream.run_folder import RunFolder
 
 PIPED_COLUMNS = 160
@@ -165,34 +165,27 @@ def down(run: RunPath) -> None:
 
 
 def top(
-    run: WatchedPath,
-    broker: BrokerUrl = None,
+    run: RunPath,
     once: Annotated[bool, typer.Option(help="print one picture and end")] = False,
 ) -> None:
     """Watch a run: depths, lag, rates, who waits on whom; q or Ctrl-C ends it."""
     from rollstream.watch.live_screen import watch
-    from rollstream.watch.watched_run import find_run
-    from rollstream.watch.watching import live_view
+    from rollstream.watch.live_table import LiveView
 
+    view = LiveView(RunFolder.existing(run))
     console = Console()
-    with live_view(find_run(run, broker)) as view:
-        if once or not console.is_terminal:
-            console.print(view.render(int(time.time() * 1000)))
-            return
-        watch(console, lambda: view.render(int(time.time() * 1000)))
+    if once or not console.is_terminal:
+        console.print(view.render(int(time.time() * 1000)))
+        return
+    watch(console, lambda: view.render(int(time.time() * 1000)))
 
 
-def report(run: WatchedPath, broker: BrokerUrl = None) -> None:
+def report(run: RunPath) -> None:
     """Write the report of a run as one HTML page and show its numbers."""
     from rollstream.show.report import build_report, render_terminal, write_report
-    from rollstream.watch.watched_run import find_run
 
-    watched = find_run(run, broker)
-    folder, logged = watched.folder, watched.logged()
+    folder = RunFolder.existing(run)
+    path = write_report(folder)
     console = Console()
-    if logged.trouble:
-        console.print(f"the broker does not answer: {logged.trouble}", style="bold red", markup=False)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    path = write_report(folder, logged)
-    console.print(render_terminal(build_report(folder, logged)))
+    console.print(render_terminal(build_report(folder)))
     console.print(f"report: {path.resolve()}; open it in a browser", markup=False, soft_wrap=True)

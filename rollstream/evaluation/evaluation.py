@@ -76,10 +76,7 @@ class Evaluator:
         try:
             device = str(next(model.parameters()).device)
             settings = HfBackendSettings(
-                decoding=self._decoding,
-                decode_batch_size=EVALUATION_BATCH,
-                device=device,
-                dtype=self._config.rollout_dtype,
+                decoding=self._decoding, decode_batch_size=EVALUATION_BATCH, device=device
             )
             backend = HfBackend(self._prompts, self._images, settings, model)
             results: list[dict[str, Any]] = []

@@ -52,6 +52,11 @@ class Audit:
     def balanced(self) -> bool:
         return self.difference == 0 and not self.faults
 
+    @property
+    def quarantined(self) -> int:
+        """Rollouts taken out of a claim, as far as they stand among the rejected."""
+        return sum(n for reason, n in self.rejected.items() if reason.startswith("quarantined"))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "balanced": self.balanced,
@@ -60,6 +65,7 @@ class Audit:
             "trained": self.trained,
             "dropped": self.dropped,
             "rejected": self.rejected,
+            "quarantined": self.quarantined,
             "in_flight": self.in_flight,
             "evaluated": self.evaluated,
             "duplicates_refused": self.duplicates_refused,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from broker_schemas.errors import DataError, RunStopped
 from broker_schemas.records.ledger import Ledger, StepHistory
-from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import MatchedSegment
 from consumers.packing import SelectionMethod, select_pack
 from learner.ports import FetchedPack
@@ -151,6 +151,13 @@ class ArchivedClaims:
     ) -> Sequence[FetchedPack]:
         """There are none: an archive is read when it is asked."""
         return ()
+
+    def quarantine(self, *, optimizer_step: int, segments: Sequence[Untrainable]) -> None:
+        """Raise RunStopped: what was trained then must be trained now."""
+        raise RunStopped(
+            f"optimizer step {optimizer_step}: segment {segments[0].record_id} was trained in the run and "
+            f"cannot be any more: {segments[0].detail}; bring it back, or replay the steps before"
+        )
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, Any]) -> None:
         """Do nothing: the step was committed when it was first trained."""

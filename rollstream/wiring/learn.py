@@ -69,6 +69,7 @@ def loss_settings(config: RunConfig, prompts: PromptBuilder) -> LossSettings:
         gate_weight=method.gate_weight,
         desc_ce_weight=config.stage2_ab.desc_ce_weight,
         chunk_positions=config.training.loss_chunk_positions,
+        keeps_non_finite=config.training.non_finite_loss == "quarantine",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import ImageReference, MatchedSegment
 from broker_schemas.records.run_status import RunStatus
 from learner.collation import SegmentPixels
@@ -70,6 +70,7 @@ class FakeBroker:
         self.num_asked = 0
         self.status: RunStatus | None = None
         self.told: list[tuple[str, int]] = []
+        self.quarantined: list[Untrainable] = []
 
     def claim_step(
         self, *, optimizer_step: int, scheduled_kind: Literal["A", "B"], policy_version: int
@@ -103,6 +104,10 @@ class FakeBroker:
     ) -> Sequence[FetchedPack]:
         """There are none."""
         return ()
+
+    def quarantine(self, *, optimizer_step: int, segments: Sequence[Untrainable]) -> None:
+        self._tell("quarantine", optimizer_step)
+        self.quarantined += segments
 
     def commit_step(self, *, optimizer_step: int, summary: Mapping[str, float | int | str]) -> None:
         self._tell("commit", optimizer_step)

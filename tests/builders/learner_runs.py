@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry
 
+from learner.attention import choose_attention, use_attention
 from learner.distributed import Ranks
+from learner.losses import LossSettings
 from learner.metrics import LearnerMetrics
 from learner.milestones import LearnerParts
+from learner.optimization import OptimizationSettings
 from learner.packed_forward import position_rule_of
+from learner.ports import PixelSource
 from learner.settings import LearnerSettings
 from learner.step_rows import RowSources
 from learner.stop_request import StopRequest
@@ -19,7 +23,6 @@ from learner.train_loop import LearnerOutcome, run_learner
 from learner.training_log import TrainingLog
 from tests.builders.learner_fakes import FakeBroker, FakeGroundTruth, FakePixels
 from tests.builders.learners import COLLATION, COORD_IDS, tiny_model
-from tests.builders.settings import learner_settings, loss_settings, optimization_settings
 
 NUM_STEPS = 6
 
@@ -32,8 +35,8 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
         "checkpoints_dir": folder / name / "checkpoints",
         "policy_dir": folder / name / "policy",
         "companions": companions,
-        "loss": loss_settings(coord_ids=COORD_IDS),
-        "optimization": optimization_settings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
+        "loss": LossSettings(coord_ids=COORD_IDS),
+        "optimization": OptimizationSettings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
         "max_steps": NUM_STEPS,
         "b_ratio": "0.5",
         "row_capacity_tokens": 64,
@@ -43,20 +46,30 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
         "num_policies_kept": 10,
         "stall_timeout_s": 60.0,
     }
-    return learner_settings(**{**fields, **changes})
+    return LearnerSettings(**{**fields, **changes})
 
 
-def run_one(ranks: Ranks, settings: LearnerSettings, broker: FakeBroker, **parts: Any) -> LearnerOutcome:
+def run_one(
+    ranks: Ranks,
+    settings: LearnerSettings,
+    broker: FakeBroker,
+    *,
+    pixels: PixelSource | None = None,
+    is_cut_by_segment: bool = False,
+    **parts: Any,
+) -> LearnerOutcome:
     run_dir = settings.checkpoints_dir.parent
     run_dir.mkdir(parents=True, exist_ok=True)
     model = tiny_model(seed=3)
+    if is_cut_by_segment:
+        use_attention(model, choose_attention("segments", ranks.device, torch.float32))
     if not ranks.is_first:
         # one rank reads, the others receive
         model = model.to("meta")
     sources = RowSources(
         broker=broker,
         ground_truth=FakeGroundTruth(),
-        pixels=FakePixels(),
+        pixels=pixels or FakePixels(),
         collation=COLLATION,
         positions_of=position_rule_of(model),
     )

@@ -18,7 +18,7 @@ COMMANDS = {
     "push": 8, "push_into_a_full_broker": 1, "add_past_the_script": 1,
     "matcher_reads": 8, "matcher_takes_over": 2, "matcher_crashes": 2, "matcher_commits": 10,
     "packer_reads": 8, "packer_takes_over": 2, "packer_crashes": 2, "packer_commits": 10, "packer_drops": 1,
-    "claim": 9, "commit_step": 5, "settle": 2, "publish": 1,
+    "claim": 9, "commit_step": 5, "quarantine": 2, "settle": 2, "publish": 1,
 }  # fmt: skip
 WEIGHTED = tuple(name for name, weight in COMMANDS.items() for _ in range(weight))
 

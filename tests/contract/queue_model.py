@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from broker_schemas.records.packs import StepClaim
 
@@ -50,6 +50,7 @@ class ModelClaim:
     packs: list[ModelPack]
     answer: StepClaim
     is_committed: bool = False
+    out: set[str] = field(default_factory=set)
 
     @property
     def ids(self) -> list[str]:
@@ -69,6 +70,7 @@ class QueueModel:
     sealed: dict[int, int] = field(default_factory=dict)
     claims: dict[int, ModelClaim] = field(default_factory=dict)
     settled_steps: int = 0
+    covered_steps: int = 0
     next_step: int = 0
     policy_version: int = -1
     cursor: int = 0
@@ -270,7 +272,27 @@ class QueueModel:
         self.counters["committed_steps"] += 1
         self.counters["trained_segments"] += len(claim.ids)
 
+    def quarantine(self, step: int, names: Sequence[str]) -> bool:
+        """Return whether all of them are out of the claim now; none of them is where one is unknown."""
+        claim = self.claims.get(step)
+        if claim is None or step < self.covered_steps:
+            return False
+        leaving = [name for name in dict.fromkeys(names) if name in claim.ids]
+        for name in leaving:
+            self.rollouts[name].stage, self.rollouts[name].reason = "rejected", "quarantined_image"
+            del self.payload_bytes[name]
+        claim.out |= set(leaving)
+        claim.packs = [
+            replace(pack, ids=tuple(name for name in pack.ids if name not in claim.out))
+            for pack in claim.packs
+        ]
+        claim.answer = claim.answer.without(claim.out)
+        self.counters["rejected:quarantined_image"] += len(leaving)
+        self.counters["trained_segments"] -= len(leaving) * claim.is_committed
+        return set(names) <= claim.out
+
     def settle(self, num_steps: int) -> None:
+        self.covered_steps = max(self.covered_steps, num_steps)
         for step in sorted(self.claims):
             if step < num_steps:
                 self.commit(step)

@@ -19,22 +19,22 @@ from typer.testing import CliRunner
 
 from broker_schemas.broker.broker import Broker, Fence
 from broker_schemas.broker.connection import BrokerAddress
-from broker_schemas.broker.learner_door import LearnerDoor
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.broker.lease import Lease, SoleRole
 from broker_schemas.broker.matcher_door import MatcherDoor
 from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
 from broker_schemas.broker.policy import publish_policy, read_policy
-from broker_schemas.broker.rollout_requests import RolloutRequest, renew_lease
+from broker_schemas.broker.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
 from broker_schemas.broker.run_identity import adopt_run, read_deciding
 from broker_schemas.broker.script_library import script_source
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerRefused, ConfigError
 from broker_schemas.records.identity import RunIdentity
-from broker_schemas.records.packs import ReadyPack
+from broker_schemas.records.packs import ReadyPack, Untrainable
 from broker_schemas.rollout_servers.server_lock import server_locks
 from producers import jobs
-from producers.dispatcher import Dispatcher
+from producers.dispatcher import Dispatcher, DispatcherSettings
 from producers.jobs import RolloutJob, RolloutWorker, failed_requests, rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.acl import GRANTS, ROLES, Role, acl_file, acl_rules, user_name
@@ -46,7 +46,6 @@ from rollstream.history.gc import collect
 from rollstream.watch.exporter import ExporterSettings, RunCollector
 from tests.builders.configs import PROJECT_ROOT
 from tests.builders.records import a_rollout
-from tests.builders.settings import claim_settings, dispatcher_settings, lease_settings
 from tests.conftest import redis_server_program
 from tests.contract.test_transitions import match_all
 from tests.redis_servers import program_or_skip, running_server
@@ -61,7 +60,7 @@ SCRIPTS: Final[dict[Role, tuple[str, ...]]] = {
     "matcher": ("commit_match", "reap_consumers"),
     "packer": ("commit_pack", "drop_matched", "reap_consumers", "hold_lease"),
     "learner": (
-        *("open_step", "claim_step", "commit_step", "settle_checkpoint", "publish_policy"),
+        *("open_step", "claim_step", "commit_step", "quarantine", "settle_checkpoint", "publish_policy"),
         *("adopt_identity", "hold_lease"),
     ),
     "archive": ("advance_archive", "hold_lease"),
@@ -121,7 +120,7 @@ def produce(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Producer:
         def run(self, request: RolloutRequest) -> list[str]:
-            assert renew_lease(broker, request.request_id, lease_settings())
+            assert renew_lease(broker, request.request_id, LeaseSettings())
             assert read_policy(broker) is not None
             with server_locks(broker, wait_s=5)("http://127.0.0.1:1"):
                 records = [a_rollout(name, request_id=request.request_id) for name in request.record_ids]
@@ -153,7 +152,7 @@ def dispatcher_of(broker: Broker) -> Dispatcher:
         broker,
         rollout_queue(broker.client, broker.keys.rollout_queue),
         DispatcherMetrics(CollectorRegistry()),
-        dispatcher_settings(
+        DispatcherSettings(
             world_size=1, num_samples=8, seed=1, request_size=2, demand=None, capacity_tokens=64
         ),
     )
@@ -181,7 +180,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     """Given one user a role, when one step goes round from its opening to its archive."""
     learner = LearnerDoor(
         brokers["learner"],
-        claim_settings(world_size=1, mode="sealed", num_rollouts=4, archived_only=True),
+        ClaimSettings(world_size=1, mode="sealed", num_rollouts=4, archived_only=True),
     )
     learner.publish_policy(policy_version=0, optimizer_step=0, weights_path="/w")
     assert learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0) is None
@@ -197,7 +196,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     pack_all_but_one(brokers["packer"])
     assert read_policy(brokers["packer"]) is not None
 
-    in_order = LearnerDoor(brokers["learner"], claim_settings(world_size=1, packs_per_rank=3))
+    in_order = LearnerDoor(brokers["learner"], ClaimSettings(world_size=1, packs_per_rank=3))
     coming, others = (
         tuple(pack for pack, _ in door.fetch_coming(0, optimizer_step=0, policy_version=0))
         for door in (learner, in_order)
@@ -207,6 +206,8 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     assert claim is not None
     assert coming == claim.packs[0]
     assert len(learner.fetch_segments(claim.record_ids)) == claim.num_segments
+    gone = Untrainable(record_id=claim.record_ids[0], reason="quarantined_image", detail="gone")
+    learner.quarantine(optimizer_step=0, segments=[gone])
     learner.commit_step(optimizer_step=0, summary={"loss": 1.0})
     with server_locks(brokers["learner"], wait_s=5)("http://127.0.0.1:1"):
         pass

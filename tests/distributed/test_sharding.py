@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from broker_schemas.errors import ConfigError
 from broker_schemas.method.adapter_folder import read_adapter
 from broker_schemas.records.packs import ReadyPack, StepClaim
+from broker_schemas.records.records import MatchedSegment
 from learner.packed_forward import RowLoss
 from learner.sharding import Sharding, local_part, place_model
 from rollstream.run_folder import read_json_lines
@@ -57,11 +59,17 @@ def _run(rank: int, folder: Path, name: str, broker: FakeBroker, **changes: Any)
     ranks.close()
 
 
+def _broken_segment(segment: MatchedSegment) -> MatchedSegment:
+    return replace(segment, processor_fingerprint="other") if segment.record_id == "s1-p1-r2" else segment
+
+
 def _all_in_turn(rank: int, folder: Path) -> None:
     _run(rank, folder, "none", FakeBroker(2))
     _run(rank, folder, "full", FakeBroker(2), sharding="full")
     _run(rank, folder, "cut@1", FakeBroker(2), sharding="full", max_steps=4)
     _run(rank, folder, "cut@2", FakeBroker(2), sharding="full")
+    broken = FakeBroker(2, change_segment=_broken_segment)
+    _run(rank, folder, "quarantined", broken, sharding="full", max_steps=2)
     _run(rank, folder, "uneven-none", UnevenBroker(2))
     _run(rank, folder, "uneven-full", UnevenBroker(2), sharding="full")
     _run(rank, folder, "bf16", FakeBroker(2), sharding="full", precision="bf16")
@@ -113,6 +121,12 @@ def test_a_rank_without_packs_keeps_step_with_the_others(folder: Path) -> None:
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
     for key, value in weights_of(folder, "uneven-full").items():
         torch.testing.assert_close(value, weights_of(folder, "uneven-none")[key], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.req("L-3", "Q-13")
+def test_a_rank_that_cannot_train_a_segment_lets_no_other_wait(folder: Path) -> None:
+    assert [row["num_segments"] for row in rows_of(folder, "quarantined")] == [4, 5]
 
 
 @pytest.mark.timeout(600)

@@ -71,13 +71,10 @@ def _broken_segment(segment: MatchedSegment) -> MatchedSegment:
     return replace(segment, processor_fingerprint="other") if segment.record_id == "s1-p1-r2" else segment
 
 
-def _refused(rank: int, folder: Path) -> None:
-    ranks = meet(folder, "refused", rank)
-    broker = FakeBroker(2, change_segment=_broken_segment)
-    try:
-        run_one(ranks, settings_for(folder, "refused"), broker)
-    except RollstreamError as error:
-        (folder / f"refusal-{rank}.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+def _quarantined(rank: int, folder: Path) -> None:
+    ranks = meet(folder, "quarantined", rank)
+    broker = FakeBroker(2, change_segment=_broken_segment, path=folder / f"quarantined-{rank}.jsonl")
+    run_one(ranks, settings_for(folder, "quarantined", max_steps=2), broker)
     ranks.close()
 
 
@@ -97,7 +94,7 @@ def _stopped(rank: int, folder: Path) -> None:
 
 def _all_in_turn(rank: int, folder: Path) -> None:
     _straight(rank, folder)
-    _refused(rank, folder)
+    _quarantined(rank, folder)
     _stopped(rank, folder)
     _killed(rank, folder)
 
@@ -145,11 +142,12 @@ def test_when_rank_0_dies_the_other_leaves_and_names_it(folder: Path) -> None:
     assert "rank 0 did not arrive within 3 s" in reason
 
 
-@pytest.mark.req("Q-11", "M-11")
-def test_a_refused_segment_on_rank_1_ends_both_ranks_with_the_same_reason(folder: Path) -> None:
-    reasons = [(folder / f"refusal-{rank}.txt").read_text(encoding="utf-8") for rank in range(2)]
-    assert reasons[0] == reasons[1]
-    assert reasons[0].startswith("RunStopped: rank 1 stopped: DataError: segment s1-p1-r2")
+@pytest.mark.req("Q-13", "M-11")
+def test_a_segment_that_rank_1_cannot_train_leaves_the_step_of_both(folder: Path) -> None:
+    assert [row["num_segments"] for row in rows_of(folder, "quarantined")] == [4, 5]
+    told = (folder / "quarantined-0.jsonl").read_text(encoding="utf-8").splitlines()
+    assert told.count('["quarantine", 1]') == 1
+    assert not (folder / "quarantined-1.jsonl").exists(), "rank 1 told the broker"
 
 
 @pytest.mark.req("V-2", "V-6", "Q-10")

@@ -18,12 +18,11 @@ from learner.server_group import ServerGroup
 from learner.server_sync import ServerSync
 from learner.weight_transfer import WeightTransfer
 from producers.hf_backend import HfBackend
-from producers.rollout_backend import Generation
-from tests.builders.settings import decoding_settings
+from producers.rollout_backend import DecodingSettings, Generation
 from tests.vllm.conftest import MakeBackend, RunningServers, Stage
 
 # long enough that a sync finds it in flight, however quick the machine
-LONG = decoding_settings(max_new_tokens=400, temperature=1.0)
+LONG = DecodingSettings(max_new_tokens=400, temperature=1.0)
 
 
 def ids_of(generations: list[Generation]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 -- Decides an optimizer step once and for ever: B with exactly its packs for every rank, or A, or not yet.
 -- KEYS[3]  claims        zset  open claims: optimizer step -> optimizer step
--- KEYS[4]  claim:<step>  hash  kind, reason, policy_version, short, num_segments, event, p:<rank>:<i> pack body, ids:<rank>:<i> its segments
+-- KEYS[4]  claim:<step>  hash  kind, reason, policy_version, short, num_segments, event, p:<rank>:<i> pack body, ids:<rank>:<i> its segments,
+--                        out:<record id> as in quarantine
 -- KEYS[5]  sealed        hash  as in commit_pack
 -- ARGV[2]  optimizer step
 -- ARGV[3]  kind by the schedule, A or B

@@ -17,6 +17,9 @@ local function later(left, right)
   return tonumber(a) > tonumber(c)
 end
 
+if upto > tonumber(redis.call('HGET', COUNTERS, 'covered_steps') or '0') then
+  redis.call('HSET', COUNTERS, 'covered_steps', upto) -- what it covers stays as it was trained
+end
 local cursor = redis.call('HGET', KEYS[4], 'cursor') or '0-0'
 local steps = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', '(' .. upto, 'LIMIT', 0, tonumber(ARGV[4]))
 for _, step in ipairs(steps) do
