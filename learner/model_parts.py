@@ -61,7 +61,7 @@ class AdapterSettings:
     alpha: float
     targets: tuple[str, ...]
     coordinate_ids: tuple[int, ...]
-    dropout: float = 0.0
+    dropout: float
     is_dora: bool = False
     base: BaseModel = BaseModel()
 

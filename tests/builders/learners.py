@@ -82,6 +82,7 @@ def tiny_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, attention: 
 def adapter_settings(**changes: Any) -> AdapterSettings:
     """Return small adapters on text, vision and mergers of the tiny model, coordinate rows beside them."""
     fields: dict[str, Any] = {
+        "dropout": 0.0,
         "rank": 4,
         "alpha": 8.0,
         "targets": ("q_proj", "o_proj", "down_proj", "qkv", "linear_fc1"),
