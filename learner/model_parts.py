@@ -62,8 +62,8 @@ class AdapterSettings:
     targets: tuple[str, ...]
     coordinate_ids: tuple[int, ...]
     dropout: float
-    is_dora: bool = False
-    base: BaseModel = BaseModel()
+    is_dora: bool
+    base: BaseModel
 
 
 def adapt_model(

@@ -20,6 +20,7 @@ from broker_schemas.method.adapters import (
     state_name,
     stored_name,
 )
+from broker_schemas.method.weight_files import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,13 +46,20 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
 
 
-def read_base(folder: Path) -> BaseModel:
-    """Return the base that an adapter folder names; raises DataError where it names none."""
-    config = _read_config(folder)
-    path = config.get("base_model_name_or_path")
+def named_base(folder: Path) -> str:
+    """Return the name or folder of the base that an adapter folder speaks of; raises DataError for none."""
+    path = _read_config(folder).get("base_model_name_or_path")
     if not isinstance(path, str) or not path:
         raise DataError(f"{folder / CONFIG_FILE}: names no base model, expected base_model_name_or_path")
-    return BaseModel(path=path, fingerprint=str(config.get(BASE_FINGERPRINT, "")))
+    return path
+
+
+def read_base(folder: Path) -> BaseModel:
+    """Return the base that an adapter folder names; raises DataError where it names none, or is broken."""
+    path = named_base(folder)
+    header, _ = read_header(folder / WEIGHTS_FILE)
+    notes = header.get("__metadata__") or {}
+    return BaseModel(path=path, fingerprint=str(notes.get(BASE_FINGERPRINT, "")))
 
 
 def check_base(wanted: BaseModel, given: BaseModel, where: Path) -> None:
@@ -77,8 +85,11 @@ def write_adapter(folder: Path, plan: AdapterPlan, tensors: Mapping[str, Tensor]
         if not name.endswith(ROWS_NAME)
     }
     rows = {name: tensor.contiguous() for name, tensor in tensors.items() if name.endswith(ROWS_NAME)}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    save_file({**rows, _IDS: torch.tensor(sorted(plan.coordinate_ids))}, folder / ROWS_FILE)
+    # peft warns of keys of its configuration that it does not know
+    notes = {"format": "pt", BASE_FINGERPRINT: plan.base.fingerprint}
+    save_file(weights, folder / WEIGHTS_FILE, metadata=notes)
+    if rows:
+        save_file({**rows, _IDS: torch.tensor(sorted(plan.coordinate_ids))}, folder / ROWS_FILE)
     body = {
         "peft_type": "LORA",
         "base_model_name_or_path": plan.base.path,
@@ -89,7 +100,6 @@ def write_adapter(folder: Path, plan: AdapterPlan, tensors: Mapping[str, Tensor]
         "use_dora": plan.is_dora,
         "target_modules": list(plan.layers),
         "bias": "none",
-        BASE_FINGERPRINT: plan.base.fingerprint,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 

@@ -114,7 +114,7 @@ def add_coordinate_rows(model: Any, token_ids: Sequence[int]) -> None:
         module.register_parameter(ROWS_NAME, torch.nn.Parameter(values))
     if is_tied:
         head.register_parameter(ROWS_NAME, getattr(embedding, ROWS_NAME))
-    swapped = _SwappedRows(ids)
+    swapped = SwappedRows(ids)
     embedding.register_forward_hook(swapped.embed)
     head.register_forward_hook(swapped.score)
 
@@ -124,6 +124,12 @@ def tie_coordinate_rows(model: Any) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if hasattr(head, ROWS_NAME) and head.weight is embedding.weight:
         setattr(head, ROWS_NAME, getattr(embedding, ROWS_NAME))
+
+
+def coordinate_ids_of(module: Any) -> tuple[int, ...]:
+    """Return the token ids that an embedding or a head has rows of their own for, rising; none for none."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_hooks.values())
+    return next((owner.ids for owner in owners if isinstance(owner, SwappedRows)), ())
 
 
 def is_added(name: str) -> bool:
@@ -143,13 +149,15 @@ def state_name(name: str) -> str:
     return f"{bare.removesuffix('.weight')}.{ADAPTER}.weight"
 
 
-class _SwappedRows:
-    """Forward hooks that take coordinate tokens from their own rows. A lookup table over the vocabulary would
-    be a buffer of the model's, and a weight put together anew would cost its memory every time.
+class SwappedRows:
+    """Forward hooks that take the coordinate tokens ``ids``, rising, from their own rows.
+
+    A lookup table over the vocabulary would be a buffer of the model's, and a weight put together anew would
+    cost its memory every time.
     """
 
     def __init__(self, ids: Sequence[int]) -> None:
-        self._ids = tuple(ids)
+        self.ids = tuple(ids)
         self._on: dict[Any, Tensor] = {}
 
     def embed(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ class _SwappedRows:
         import torch
 
         ids = self._ids_on(args[0].device)
-        places = torch.searchsorted(ids, args[0]).clamp(max=len(self._ids) - 1)
+        places = torch.searchsorted(ids, args[0]).clamp(max=len(self.ids) - 1)
         is_coordinate = (ids[places] == args[0]).unsqueeze(-1)
         rows = torch.nn.functional.embedding(places, module.coordinate_rows)
         return torch.where(is_coordinate, rows, output)
@@ -175,7 +183,7 @@ class _SwappedRows:
         if device not in self._on:
             # made outside of inference mode: what is made inside cannot be saved for a backward pass
             with torch.inference_mode(False):
-                self._on[device] = torch.tensor(self._ids, device=device)
+                self._on[device] = torch.tensor(self.ids, device=device)
         return self._on[device]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker_schemas.errors import DataError
-from broker_schemas.method.adapter_folder import is_adapter, load_adapter, read_adapter, read_base
+from broker_schemas.method.adapter_folder import is_adapter, load_adapter, named_base, read_adapter, read_base
 from broker_schemas.method.adapters import BaseModel, add_adapters
 from broker_schemas.method.coordinates import CoordVocabulary
 from broker_schemas.method.model_fingerprint import model_fingerprint
@@ -142,7 +142,7 @@ def check_model_folder(folder: Path) -> CoordVocabulary:
 def _refuse_adapter(folder: Path) -> None:
     if is_adapter(folder):
         raise DataError(
-            f"model folder {folder}: got an adapter without its base {read_base(folder).path!r}, expected a "
+            f"model folder {folder}: got an adapter without its base {named_base(folder)!r}, expected a "
             "whole model; give the folder of the base, or merge the two: rollstream model export"
         )
 

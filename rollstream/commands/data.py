@@ -228,3 +228,19 @@ def adapt(
     console = Console(soft_wrap=True, highlight=False)
     console.print(str(summary), markup=False)
     console.print(f"next: rollstream new NAME --data FOLDER --model {dst}", markup=False)
+
+
+@model_app.command()
+def export(
+    src: Annotated[Path, typer.Argument(help="a run's folder, or one of its checkpoints")],
+    dst: Destination,
+    step: Annotated[int | None, typer.Option(help="checkpoint of a run; the latest by default")] = None,
+    apart: Annotated[bool, typer.Option("--apart", help="an adapter beside its base, not merged")] = False,
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="format of the weights")] = "bfloat16",
+) -> None:
+    """Write what a run trained as an ordinary folder for transformers and vLLM, adapters merged or apart."""
+    from rollstream.models.exporting import export_model
+
+    with Console(stderr=True).status("writing the model"):
+        summary = export_model(src, dst, step=step, is_apart=apart, dtype=dtype)
+    Console(soft_wrap=True, highlight=False).print(str(summary), markup=False)

@@ -87,6 +87,7 @@ def adapter_settings(**changes: Any) -> AdapterSettings:
         "alpha": 8.0,
         "targets": ("q_proj", "o_proj", "down_proj", "qkv", "linear_fc1"),
         "coordinate_ids": COORD_IDS,
+        "is_dora": False,
         "base": BaseModel(path="/models/base", fingerprint="0123456789abcdef"),
     }
     return AdapterSettings(**{**fields, **changes})

@@ -10,45 +10,14 @@ import torch
 
 from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import DataError
-from broker_schemas.method.adapter_folder import write_adapter
-from broker_schemas.method.adapters import AdapterPlan, BaseModel, add_adapters, is_added, linear_layers
-from broker_schemas.method.coordinates import CoordVocabulary
-from broker_schemas.method.model_fingerprint import model_fingerprint
 from broker_schemas.method.model_folder import load_policy
-from broker_schemas.method.prompt import load_tokenizer
 from producers import hf_backend
-from producers.hf_backend import HfBackend, HfBackendSettings
-from producers.rollout_backend import DecodingSettings
+from producers.hf_backend import HfBackend
 from rollstream.models.shipped import SHIPPED_MODEL
+from tests.builders.settings import decoding_settings, hf_backend_settings
+from tests.builders.trained_adapters import logits_of, write_trained
 
 torch.set_num_threads(1)
-
-
-def write_trained(folder: Path, base: Path, *, seed: int) -> Any:
-    """Write an adapter on ``base`` whose every weight was moved; return the model that it makes."""
-    model = load_policy(base)
-    ids = CoordVocabulary.from_token_to_id(load_tokenizer(base).token_to_id).ids.tolist()
-    layers = tuple(name for name in linear_layers(model) if name.endswith(("q_proj", "down_proj")))
-    plan = AdapterPlan(
-        rank=2,
-        alpha=4.0,
-        layers=layers,
-        coordinate_ids=tuple(ids),
-        base=BaseModel(path=str(base), fingerprint=model_fingerprint(base)),
-    )
-    add_adapters(model, plan)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    folder.mkdir(parents=True)
-    write_adapter(folder, plan, {name: p.detach() for name, p in model.named_parameters() if is_added(name)})
-    return model.eval()
-
-
-def logits_of(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.as_tensor(model(input_ids=torch.arange(5, 400, 7)[None]).logits)
 
 
 @pytest.mark.req("L-7")
@@ -63,7 +32,7 @@ def test_a_producer_puts_each_adapter_on_the_base_that_it_loaded_once(
         return load_policy(*args, **kwargs)
 
     monkeypatch.setattr(hf_backend, "load_policy", counted)
-    settings = HfBackendSettings(decoding=DecodingSettings(max_new_tokens=4), base=SHIPPED_MODEL)
+    settings = hf_backend_settings(decoding=decoding_settings(max_new_tokens=4), base=SHIPPED_MODEL)
     backend = HfBackend(None, None, settings)  # type: ignore[arg-type]
     for number, expected in enumerate(models):
         backend.follow(
