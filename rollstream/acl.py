@@ -85,7 +85,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         Grant(
             commands=(
                 f"{CALL} time hget hset hdel hincrby del zadd zrem zscore sadd scard smismember rename xadd "
-                "set strlen exists persist unlink"
+                "set mset strlen exists persist unlink multi exec"
             ),
             writes="events counters segments seen:now seen:before admitted requests request:* raw:* body:*",
         ),
@@ -98,8 +98,8 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "matcher": (
         Grant(
             commands=(
-                f"{CALL} {CONSUME} multi exec expire hdel hincrby mget set strlen getrange rename persist "
-                "unlink smismember srem xadd xdel xrange"
+                f"{CALL} {CONSUME} multi exec expire hdel hincrby mget mset strlen getrange rename "
+                "unlink smismember srem xadd xdel xpending xrange xtrim"
             ),
             writes="events counters segments matched rejected evaluations admitted tries "
             "body:* made:* payload:*",
@@ -111,7 +111,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         Grant(
             commands=(
                 f"{CALL} {CONSUME} hdel hexists hget hincrby hset strlen unlink zadd zrem "
-                "xadd xdel xlen xpending xrange"
+                "xadd xdel xlen xpending xrange xtrim"
             ),
             writes="events counters matched sealed open_step ready:* payload:*",
         ),

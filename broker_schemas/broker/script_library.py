@@ -6,15 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
-from typing import Any, Final
+from itertools import chain
+from typing import Any
 
 import redis
 
 from broker_schemas.broker.connection import broker_errors
 
 Argument = bytes | str | int | float
-BODY_EXPIRY_S: Final = 120
-"""How long a body that no transition took may stay: longer than any pipeline takes to arrive."""
 
 
 @cache
@@ -39,22 +38,34 @@ def run_script(
 ) -> Any:
     """Call a transition; a server that has forgotten it (restart) is told it again. Raises BrokerError.
 
-    ``bodies`` are put at their keys in the same pipeline, with an expiry, for the transition to take.
+    ``bodies`` are put at their keys for the transition to take, in one transaction with it; what it does not
+    take is gone afterwards.
     """
+    called = (len(keys), *keys, *arguments)
+    by_sha, by_text = ("EVALSHA", script_sha(name), *called), ("EVAL", script_source(name), *called)
     with broker_errors(f"script {name}"):
         try:
-            return _call(client, bodies, "EVALSHA", script_sha(name), len(keys), *keys, *arguments)
+            return _call(client, by_sha, bodies)
         except redis.exceptions.NoScriptError:
-            return _call(client, bodies, "EVAL", script_source(name), len(keys), *keys, *arguments)
+            return _call(client, by_text, bodies)
+        except redis.exceptions.OutOfMemoryError:
+            if bodies:  # what needs none may free the memory that is missing
+                _call(client, by_text, ())
+            raise
 
 
-def _call(client: redis.Redis, bodies: Sequence[tuple[str, bytes]], *command: Argument) -> Any:
-    pipe: Any = client.pipeline(transaction=False)
-    for key, body in bodies:
-        pipe.execute_command("SET", key, body, "EX", BODY_EXPIRY_S)
+def _call(client: Any, command: Sequence[Argument], bodies: Sequence[tuple[str, bytes]]) -> Any:
+    if not bodies:
+        return client.execute_command(*command)
+    pipe = client.pipeline(transaction=True)
+    # one command for all of them: the server wakes up and answers once, instead of for each
+    pipe.execute_command("MSET", *chain.from_iterable(bodies))
     pipe.execute_command(*command)
-    replies = pipe.execute(raise_on_error=False)
-    for reply in replies:  # a body that found no room first: that is why the transition missed it
-        if isinstance(reply, Exception):
-            raise reply
-    return replies[-1]
+    pipe.execute_command("UNLINK", *(key for key, _ in bodies))
+    try:
+        reply = pipe.execute(raise_on_error=False)[1]
+    except redis.exceptions.OutOfMemoryError as exc:  # its text would begin with the bodies
+        raise redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'") from exc
+    if isinstance(reply, Exception):
+        raise reply
+    return reply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ from prometheus_client import CollectorRegistry
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
-from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
+from broker_schemas.broker.keys import MATCHER_GROUP
+from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.broker.payloads import fetch_segments
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink, SinkSettings, segment_line
-from broker_schemas.errors import BodyMissing, BrokerFull, BrokerUnavailable
+from broker_schemas.errors import BodyMissing, BrokerError, BrokerFull, BrokerUnavailable
 from consumers.matcher import Matcher, MatcherSettings
 from consumers.metrics import MatcherMetrics
 from rollstream.history.audit import take_audit
@@ -85,11 +87,23 @@ def test_bodies_that_are_not_admitted_are_let_go_at_once(broker: Broker) -> None
 
 
 @pytest.mark.req("Q-12")
-def test_a_body_that_no_call_ever_names_expires(broker: Broker) -> None:
-    """Given a line that names no record: the body that came with it is left to its expiry."""
-    record = a_rollout("a b")
-    assert SegmentSink(broker).push([record]) == ["bad_id"]
-    assert 0 < broker.client.ttl(broker.keys.raw("a b")) <= 120
+def test_a_body_that_its_call_does_not_take_goes_with_it(broker: Broker) -> None:
+    """Given a line that names no record, a script that the server forgot, and one that fails."""
+    assert SegmentSink(broker).push([a_rollout("a b")]) == ["bad_id"]
+    broker.client.script_flush()
+    assert push(broker, "before") == ["ok"]
+    segments = broker.keys.named("segments")
+    broker.client.rename(segments, "aside")
+    broker.client.set(segments, "of another type")
+    with pytest.raises(BrokerError, match="WRONGTYPE"):
+        push(broker, "fails")
+    broker.client.rename("aside", segments)
+    assert names_of(broker, "raw") == []
+    assert match_all(broker) == ["matched"]
+
+
+@pytest.mark.req("Q-12")
+def test_a_payload_whose_matcher_died_is_taken_like_any_other(broker: Broker) -> None:
     door = MatcherDoor(broker, "m-0")
     push(broker, "a")
     (entry,) = door.read(count=9, block_ms=1)
@@ -211,11 +225,63 @@ def test_a_server_out_of_memory_admits_nothing_and_says_full(redis_url: str, rea
 
 
 def test_a_sink_whose_bodies_vanish_says_so(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("broker_schemas.broker.script_library.BODY_EXPIRY_S", 1)
     run = broker.run
     monkeypatch.setattr(type(broker), "run", lambda self, *call, bodies=(): run(*call))
     with pytest.raises(BrokerUnavailable, match="2 bodies were gone"):
         push(broker, "a", "b")
+
+
+def waiting(broker: Broker) -> list[str]:
+    rows: Any = broker.client.xrange(broker.keys.named("segments"))
+    return [fields[b"record_id"].decode() for _, fields in rows]
+
+
+def drop(door: MatcherDoor, entries: Sequence[RawEntry]) -> list[str]:
+    verdicts = [MatchVerdict(entry=entry, outcome="dropped", reason="stale") for entry in entries]
+    return door.commit(verdicts, oldest_policy_version=0)
+
+
+@pytest.mark.req("Q-4")
+def test_a_commit_takes_its_own_entries_off_wherever_they_stand(broker: Broker) -> None:
+    names = [f"a-{number}" for number in range(6)]
+    push(broker, *names)
+    first, second = MatcherDoor(broker, "m-0"), MatcherDoor(broker, "m-1")
+    early, late = first.read(count=2, block_ms=1), second.read(count=3, block_ms=1)
+    assert drop(second, late[1:]) == ["dropped"] * 2
+    assert waiting(broker) == [*names[:3], names[5]]
+    assert drop(first, early[::-1]) == ["dropped"] * 2
+    assert waiting(broker) == [names[2], names[5]]
+    assert drop(second, late[:1]) == ["dropped"]
+    assert waiting(broker) == [names[5]]
+
+
+@pytest.mark.req("Q-4")
+def test_an_entry_past_the_script_hides_none_of_a_commit(broker: Broker) -> None:
+    push(broker, "a")
+    fields: Any = {"kind": "segment", "schema_version": "1", "record_id": "foreign", "body": b"x"}
+    broker.client.xadd(broker.keys.named("segments"), fields)
+    push(broker, "b", "c")
+    door = MatcherDoor(broker, "m-0")
+    first, foreign, second, third = door.read(count=9, block_ms=1)
+    assert drop(door, [first, foreign, third]) == ["dropped", "rejected", "dropped"]
+    assert waiting(broker) == [second.record_id]
+
+
+@pytest.mark.req("Q-4")
+@pytest.mark.parametrize("num_given_again", [0, 1, 3])
+def test_a_commit_into_a_group_that_was_made_again_takes_off_nothing_undelivered(
+    broker: Broker, num_given_again: int
+) -> None:
+    names = [f"a-{number}" for number in range(6)]
+    push(broker, *names)
+    door, other = MatcherDoor(broker, "m-0"), MatcherDoor(broker, "m-1")
+    entries = door.read(count=4, block_ms=1)
+    broker.client.xgroup_destroy(broker.keys.named("segments"), MATCHER_GROUP)
+    broker.make_groups()
+    if num_given_again:
+        other.read(count=num_given_again, block_ms=1)
+    assert drop(door, entries[1:]) == ["dropped"] * 3
+    assert waiting(broker) == [names[0], *names[4:]]
 
 
 @pytest.mark.req("Q-7", "Q-16")

@@ -1,6 +1,6 @@
 -- Takes rollouts off `segments` together with what became of them; each only if it is still pending.
--- A payload was set at made:<record id>, with an expiry, just before in the same pipeline: it is linked to
--- payload:<record id> when its record is matched and let go when not, and never passes through here.
+-- A payload was set at made:<record id> just before in the same transaction: it is linked to payload:<record id>
+-- when its record is matched and let go when not, and never passes through here.
 -- An entry that did not come through push_segments is rejected whatever the matcher says: it was never counted
 -- and its id may be another's. Its events name it foreign:<entry id>.
 -- KEYS[3]  segments     stream  group ARGV[2]
@@ -21,7 +21,7 @@
 go_on_at_the_limit()
 local group, oldest, status, bytes, tokens = ARGV[2], tonumber(ARGV[3]), {}, 0, 0
 local MADE, BODY, PAYLOAD = PREFIX .. 'made:', PREFIX .. 'body:', PREFIX .. 'payload:'
-local taken, admitted, linked, unwanted = {}, {}, {}, {}
+local taken, foreign, admitted, linked, unwanted = {}, {}, {}, {}, {}
 local matched, evaluated, rejected, dropped = {}, {}, {}, {}
 
 local verdicts, by_entry, waiting = {}, {}, {}
@@ -55,17 +55,14 @@ in_chunks(waiting, function(chunk)
       ours[#ours + 1] = entry
       taken[#taken + 1] = entry
     elseif redis.call('XACK', KEYS[3], group, entry) == 1 then
-      taken[#taken + 1] = entry
+      foreign[#foreign + 1] = entry
     else
       local verdict = verdicts[by_entry[entry]]
       if verdict.outcome == 'matched' then unwanted[#unwanted + 1] = MADE .. verdict.id end
       verdicts[by_entry[entry]] = nil
     end
   end
-  if #ours > 0 then
-    redis.call('XACK', KEYS[3], group, unpack(ours))
-    redis.call('SREM', PREFIX .. 'admitted', unpack(ours))
-  end
+  if #ours > 0 then redis.call('SREM', PREFIX .. 'admitted', unpack(ours)) end
 end)
 
 local RAW_KEPT_BYTES = 262144 -- dead letters are outside the byte budget
@@ -102,7 +99,6 @@ local function settle(verdict)
   if outcome == 'matched' then
     linked[id] = true
     redis.call('RENAME', MADE .. id, PAYLOAD .. id)
-    redis.call('PERSIST', PAYLOAD .. id)
     redis.call('XADD', KEYS[4], '*', 'schema_version', '2', 'record_id', id, 'policy_version', verdict.version,
       'encoded_length', text, 'optimizer_step', verdict.step)
     matched[#matched + 1] = id .. '\t' .. text
@@ -125,7 +121,8 @@ for i = 1, #status do
   local verdict = verdicts[i]
   if verdict then status[i] = admitted[verdict.entry] and settle(verdict) or settle_foreign(verdict) end
 end
-in_chunks(taken, function(chunk) redis.call('XDEL', KEYS[3], unpack(chunk)) end)
+in_chunks(foreign, function(chunk) redis.call('XDEL', KEYS[3], unpack(chunk)) end)
+take_off(KEYS[3], group, taken)
 in_chunks(unwanted, function(chunk) redis.call('UNLINK', unpack(chunk)) end)
 if #matched > 0 then emit('matched', 'records', table.concat(matched, '\n')) end
 if #evaluated > 0 then emit('evaluated', 'ids', table.concat(evaluated, ' ')) end

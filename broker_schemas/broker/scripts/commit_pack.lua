@@ -20,30 +20,33 @@ if step ~= '-1' then -- said again: sealed, or claimed since, or settled since
     or tonumber(step) < settled then return {1, 0, 0, 0} end
 end
 
-local packs, gone, named, at = {}, {0}, {}, 7
+local packs, gone, named, pending, taken, at = {}, {0}, {}, {}, {}, 7
 for i = 1, num do
-  local pack = {rank = ARGV[at], body = ARGV[at + 1], version = ARGV[at + 2], id = ARGV[at + 3], entries = {}, ids = {}}
+  local pack = {rank = ARGV[at], body = ARGV[at + 1], version = ARGV[at + 2], id = ARGV[at + 3], ids = {}}
   local segments = tonumber(ARGV[at + 4])
   at = at + 5
+  local last = ARGV[at + 2 * segments - 2]
+  if segments > 1 then -- mostly they lie side by side: one look for all
+    for _, found in ipairs(redis.call('XPENDING', KEYS[3], group, ARGV[at], last, segments)) do
+      pending[found[1]] = true
+    end
+  end
   for j = 1, segments do
     local entry = ARGV[at]
-    if named[entry] or #redis.call('XPENDING', KEYS[3], group, entry, entry, 1) == 0 then
+    if named[entry] or not (pending[entry] or redis.call('XPENDING', KEYS[3], group, entry, entry, 1)[1]) then
       gone[#gone + 1] = ARGV[at + 1]
     end
-    named[entry] = true
-    pack.entries[j], pack.ids[j] = entry, ARGV[at + 1]
+    named[entry], taken[#taken + 1] = true, entry
+    pack.ids[j] = ARGV[at + 1]
     at = at + 2
   end
   packs[i] = pack
 end
 if #gone > 1 then return gone end
 
-local made, stale, overflow = 0, 0, 0
+take_off(KEYS[3], group, taken)
+local made, made_segments, stale, overflow = 0, 0, 0, 0
 for _, pack in ipairs(packs) do
-  in_chunks(pack.entries, function(chunk)
-    redis.call('XACK', KEYS[3], group, unpack(chunk))
-    redis.call('XDEL', KEYS[3], unpack(chunk))
-  end)
   local ids = table.concat(pack.ids, ' ')
   if tonumber(pack.version) < oldest then
     drop_segments(ids, 'stale', 'packing')
@@ -54,9 +57,7 @@ for _, pack in ipairs(packs) do
       'id', pack.id, 'step', step)
     redis.call('ZADD', versions_key(pack.rank), pack.version, sortable(entry))
     emit('packed', 'rank', pack.rank, 'pack_id', pack.id, 'policy_version', pack.version, 'ids', ids)
-    count('packed', 1)
-    count('packed_segments', #pack.ids)
-    made = made + 1
+    made, made_segments = made + 1, made_segments + #pack.ids
     if limit > 0 and redis.call('XLEN', ready) > limit then
       local first = redis.call('XRANGE', ready, '-', '+', 'COUNT', 1)[1]
       redis.call('XDEL', ready, first[1])
@@ -66,6 +67,8 @@ for _, pack in ipairs(packs) do
     end
   end
 end
+count('packed', made)
+count('packed_segments', made_segments)
 if step ~= '-1' and not seals and redis.call('HGET', KEYS[5], 'optimizer_step') == step then
   for _, pack in ipairs(packs) do redis.call('HINCRBY', KEYS[5], 'packed_segments', #pack.ids) end
   redis.call('HINCRBY', KEYS[5], 'packed_packs', made)

@@ -3,9 +3,9 @@
 -- KEYS[2]  counters  hash    running sums of the log, so that nobody has to fold it to see a total
 -- ARGV[1]  prefix    text    `{rollstream:<run>}:`, for the keys a script derives; where its caller holds a place, then
 --                            "\n", the role, " " and its token: refused once lease:<role> has a greater one
---   raw:<record id>      string   SegmentRecord body that a producer brought, with an expiry: nothing is decided yet
+--   raw:<record id>      string   SegmentRecord body that a producer brought: nothing is decided yet
 --   body:<record id>     string   SegmentRecord body that push_segments admitted
---   made:<record id>     string   MatchedSegment body that a matcher brought, with an expiry
+--   made:<record id>     string   MatchedSegment body that a matcher brought
 --   payload:<record id>  string   MatchedSegment body that commit_match took
 --   ready:<rank>         stream   fields pack, version, ids, id, step
 --   ready:<rank>:versions  zset   entries of ready:<rank>, made sortable -> lowest policy version of the pack
@@ -43,6 +43,26 @@ local function in_chunks(list, act)
   for first = 1, #list, 1000 do
     act({unpack(list, first, math.min(first + 999, #list))})
   end
+end
+
+-- Takes entries that are done off a stream. Whatever lies before the first pending one was delivered and is done
+-- with, so the head goes in one cut, and only what lies behind it is looked for one by one. True of a group that
+-- was made again only where all of `entries` are pending in it.
+local function take_off(stream, group, entries)
+  if #entries == 0 then return end
+  local acknowledged = 0
+  in_chunks(entries, function(chunk)
+    acknowledged = acknowledged + redis.call('XACK', stream, group, unpack(chunk))
+  end)
+  local deleted = 0
+  if acknowledged == #entries then
+    local first = redis.call('XPENDING', stream, group, '-', '+', 1)[1]
+    local ms, number = string.match(entries[#entries], '^(%d+)-(%d+)$')
+    local cut = first and first[1] or string.format('%s-%.0f', ms, number + 1)
+    deleted = redis.call('XTRIM', stream, 'MINID', '=', cut)
+  end
+  if deleted >= #entries then return end
+  in_chunks(entries, function(chunk) redis.call('XDEL', stream, unpack(chunk)) end)
 end
 
 -- Frees the payloads of a space-parted list of ids; returns how many ids it names.

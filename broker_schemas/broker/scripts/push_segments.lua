@@ -1,6 +1,6 @@
 -- Admits rollouts: each once, within the byte budget, all records of the call or none for lack of room.
--- The body of each was set at raw:<record id>, with an expiry, just before in the same pipeline: it is linked to
--- body:<record id> when its record is admitted and let go when not, and never passes through here.
+-- The body of each was set at raw:<record id> just before, in the same transaction or with an expiry: it is linked
+-- to body:<record id> when its record is admitted and let go when not, and never passes through here.
 -- KEYS[3]  segments     stream  group `matcher`: kind, schema_version, record_id, policy_version, bytes, line
 -- KEYS[4]  seen:now     set     record ids of the current generation
 -- KEYS[5]  seen:before  set     record ids of the generation before it
