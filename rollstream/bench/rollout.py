@@ -25,10 +25,10 @@ from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.prompt import PromptBuilder
 from broker_schemas.rollout_servers.server_slots import unshared_slots
+from broker_schemas.rollout_servers.server_sync import ServerSync
 from broker_schemas.rollout_servers.vllm_http import VllmServer
 from broker_schemas.rollout_servers.weight_sync import load_by_path
-from learner.server_sync import ServerSync
-from learner.weight_transfer import WeightTransfer
+from broker_schemas.rollout_servers.weight_transfer import WeightTransfer
 from producers.rollout_backend import DecodingSettings, RolloutBackend
 from producers.vllm_backend import VllmBackend, VllmBackendSettings
 from producers.vllm_client import RetrySettings

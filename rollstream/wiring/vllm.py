@@ -11,10 +11,10 @@ from broker_schemas.broker.broker import Broker
 from broker_schemas.errors import ConfigError, RolloutServerError
 from broker_schemas.rollout_servers.server_lock import server_locks
 from broker_schemas.rollout_servers.server_slots import server_slots
+from broker_schemas.rollout_servers.server_sync import ServerSync
 from broker_schemas.rollout_servers.vllm_http import PauseMode, VllmServer
 from broker_schemas.rollout_servers.weight_sync import load_by_path
 from configs import RunConfig
-from learner.server_sync import ServerSync
 from producers.chunking import InfeasibleChunk, chunk_per_rank
 from producers.rollout_backend import DecodingSettings
 from producers.vllm_backend import VllmBackend, VllmBackendSettings
@@ -140,7 +140,7 @@ def _weight_loader(config: RunConfig, device: torch.device) -> Callable[[VllmSer
     if sync.mode == "full":
         return load_by_path
     # producers import this module and have no torch
-    from learner.weight_transfer import WeightTransfer
+    from broker_schemas.rollout_servers.weight_transfer import WeightTransfer
 
     timeout_s = config.rollout_matching.vllm.server.timeout_s
     return WeightTransfer(device=device, timeout_s=timeout_s, fallback=sync.fallback_to_full)

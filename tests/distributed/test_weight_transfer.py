@@ -21,7 +21,7 @@ from broker_schemas.errors import RunStopped, ServerFailed, ServerRefused, Serve
 from broker_schemas.rollout_servers.vllm_http import TRANSFER_ENGINE, VllmServer
 from broker_schemas.rollout_servers.weight_label import WeightLabel
 from broker_schemas.rollout_servers.weight_sync import load_into_servers
-from learner.weight_transfer import WeightTransfer, _PublishedTensors
+from broker_schemas.rollout_servers.weight_transfer import WeightTransfer, _PublishedTensors
 from tests.builders.vllm_fakes import FakeVllm
 
 c10d: Any = dist

@@ -42,9 +42,12 @@ EDGES: Final = {
             "rollout_requests",
             "run_identity",
             "script_library",
+            "server_group",
             "server_lock",
+            "server_sync",
             "status",
             "vllm_http",
+            "weight_transfer",
         ),
         "server_slots",
     },
@@ -54,8 +57,8 @@ EDGES: Final = {
     },
     "consumers": {"admission", "fill_warning", "matcher", "metrics", "step_packer", "streaming_packer"},
     "learner": {
-        *("checkpoints", "distributed", "metrics", "milestones", "patient_broker", "server_group"),
-        *("server_sync", "sharding", "stop_request", "training_log", "weight_transfer"),
+        *("checkpoints", "distributed", "metrics", "milestones", "patient_broker"),
+        *("sharding", "stop_request", "training_log"),
     },
 }
 NOT_IN_A_CORE: Final = (
@@ -67,7 +70,7 @@ NOT_IN_A_CORE: Final = (
 COLLECTIVES: Final = {
     "learner/distributed.py",
     "learner/sharding.py",
-    "learner/server_group.py",
+    "broker_schemas/rollout_servers/server_group.py",
     "rollstream/assets/vllm/rollstream_vllm_transfer.py",
 }
 # starting ranks is no collective

@@ -5,7 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.transfer_plan import ALIGNMENT_BYTES, TensorPlace, plan_buckets, update_message
+from broker_schemas.rollout_servers.transfer_plan import (
+    ALIGNMENT_BYTES,
+    TensorPlace,
+    plan_buckets,
+    update_message,
+)
 
 
 def tensor(name: str, num_bytes: int) -> TensorPlace:

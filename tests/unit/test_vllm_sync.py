@@ -14,9 +14,9 @@ from broker_schemas.broker.keys import RunKeys
 from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import DeadlinePassed, RunStopped, ServerFailed, ServerRefused, ServerUnavailable
 from broker_schemas.rollout_servers.server_lock import server_locks
+from broker_schemas.rollout_servers.server_sync import ServerSync
 from broker_schemas.rollout_servers.weight_label import WeightLabel
 from broker_schemas.rollout_servers.weight_sync import load_into_servers
-from learner.server_sync import ServerSync
 from producers.vllm_servers import ServerFleet, check_room
 from tests.builders.vllm_fakes import FakeVllm
 

@@ -11,12 +11,12 @@ import torch
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.errors import RunStopped, ServerFailed, ServerUnavailable
+from broker_schemas.rollout_servers.server_group import ServerGroup
 from broker_schemas.rollout_servers.server_lock import server_locks
+from broker_schemas.rollout_servers.server_sync import ServerSync
 from broker_schemas.rollout_servers.vllm_http import VllmServer
 from broker_schemas.rollout_servers.weight_sync import load_by_path
-from learner.server_group import ServerGroup
-from learner.server_sync import ServerSync
-from learner.weight_transfer import WeightTransfer
+from broker_schemas.rollout_servers.weight_transfer import WeightTransfer
 from producers.hf_backend import HfBackend
 from producers.rollout_backend import DecodingSettings, Generation
 from tests.vllm.conftest import MakeBackend, RunningServers, Stage

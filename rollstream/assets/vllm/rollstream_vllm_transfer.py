@@ -1,7 +1,8 @@
 """A weight transfer engine of vLLM: weights that the learner's rank 0 sends over a process group.
 
 Stands alone: it runs in vLLM's environment, where no package of ours is installed. The other end is
-``learner/server_group.py``. gloo carries bytes between any two machines, nccl between GPUs.
+``broker_schemas/rollout_servers/server_group.py``. gloo carries bytes between any two machines, nccl between
+GPUs.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from broker_schemas.errors import RolloutServerError, RunStopped, ServerFailed, ServerUnavailable
+from broker_schemas.rollout_servers.server_group import ServerGroup
+from broker_schemas.rollout_servers.transfer_plan import Bucket, TensorPlace, plan_buckets, update_message
 from broker_schemas.rollout_servers.vllm_http import VllmServer
-from learner.server_group import ServerGroup
-from learner.transfer_plan import Bucket, TensorPlace, plan_buckets, update_message
 
 LOG = logging.getLogger("rollstream.learner")
 BUCKET_BYTES: Final = 64 * 1024 * 1024
