@@ -12,7 +12,9 @@ from broker_schemas.records.records import GroundTruthObject
 MAX_DESC_CHARS: Final = 1000
 _COORDINATE_TEXT: Final = re.compile(r"<\|coord_(0|[1-9][0-9]{0,2})\|>")
 _CHAT_TOKEN: Final = re.compile(r"<\|(?!coord_)[a-z_]+\|>")
+_LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _GEOMETRIES: Final[tuple[Literal["bbox_2d", "poly"], ...]] = ("bbox_2d", "poly")
+_FIELDS: Final = frozenset(("desc", *_GEOMETRIES))
 
 
 class FieldProblem(ValueError):
@@ -30,9 +32,9 @@ def read_object(value: object, name: str) -> GroundTruthObject:
     """
     if not isinstance(value, dict):
         raise FieldProblem(f"{name}: got {value!r:.80}, expected a map with desc and one geometry")
-    foreign = sorted(value.keys() - {"desc", *_GEOMETRIES})
-    if foreign:
-        raise FieldProblem(f"{name}.{foreign[0]}: unknown field, expected desc and one of bbox_2d, poly")
+    if not value.keys() <= _FIELDS:
+        foreign = min(value.keys() - _FIELDS)
+        raise FieldProblem(f"{name}.{foreign}: unknown field, expected desc and one of bbox_2d, poly")
     present = [geometry for geometry in _GEOMETRIES if geometry in value]
     if len(present) != 1:
         got = " and ".join(present) or "no geometry"
@@ -49,7 +51,7 @@ def check_desc(value: object, name: str) -> str:
         raise FieldProblem(f"{name}: got {value!r:.80}, expected one non-empty line of text")
     if len(value) > MAX_DESC_CHARS:
         raise FieldProblem(f"{name}: got {len(value)} characters, expected at most {MAX_DESC_CHARS}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _LONE_SURROGATE.search(value):
         raise FieldProblem(f"{name}: got {value!r:.80}, expected text without lone surrogates")
     control = _CHAT_TOKEN.search(value)
     if control:
@@ -81,6 +83,8 @@ def check_shape(geometry: Literal["bbox_2d", "poly"], bins: tuple[int, ...], nam
 def _read_bins(value: object, name: str) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise FieldProblem(f"{name}: got {value!r:.80}, expected a flat list of bins")
+    if all(type(item) is int and 0 <= item <= LARGEST_BIN for item in value):
+        return tuple(value)
     return tuple(_read_bin(item, f"{name}[{index}]") for index, item in enumerate(value))
 
 

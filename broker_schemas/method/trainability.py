@@ -34,6 +34,7 @@ REASONS: Final[dict[Reason, str]] = {
 }
 _COORDINATE: Final = re.compile(r"<\|coord_[0-9]{1,3}\|>")
 _NUM_THREADS: Final = 8
+_PART_SAMPLES: Final = 64
 _TAIL_BYTES: Final = 4096
 
 
@@ -155,13 +156,17 @@ def examine_samples(
         lengths += [length] if length is not None else []
         if problem is not None:
             problems.setdefault(sample.sample_id, problem)
+    parts = [samples[start : start + _PART_SAMPLES] for start in range(0, len(samples), _PART_SAMPLES)]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found = pool.map(lambda sample: examine_pictures(sample, is_thorough=is_thorough), samples)
-        for problem in found:
-            if problem is not None:
-                problems[problem.sample_id] = problem
+        for found in pool.map(lambda some: _examine_some(some, is_thorough), parts):
+            problems |= {problem.sample_id: problem for problem in found}
     ordered = tuple(problems[sample.sample_id] for sample in samples if sample.sample_id in problems)
     return SampleReport(num_samples=len(samples), problems=ordered, lengths=tuple(lengths))
+
+
+def _examine_some(samples: Iterable[Sample], is_thorough: bool) -> list[SampleProblem]:
+    found = (examine_pictures(sample, is_thorough=is_thorough) for sample in samples)
+    return [problem for problem in found if problem is not None]
 
 
 def _measure(

@@ -39,9 +39,7 @@ def learn_or_spawn(path: Path, overrides: Sequence[str]) -> int:
     config = load_config(path, overrides)
     rank = os.environ.get("RANK")
     if rank is not None:
-        # torchrun takes any other status for a failure and ends the ranks that still write
-        _run_here(config, int(rank))
-        return 0
+        return _run_here(config, int(rank))
     check_usable(config.tracking.to)
     make_described_model(config)
     leave_out_untrainable(config)
@@ -63,12 +61,17 @@ def _say(lines: Iterable[str]) -> None:
 
 
 def _run_here(config: RunConfig, rank: int) -> int:
-    """Run one rank in this process; return 0, or 128 + n where signal n ended it early."""
+    """Run one rank in this process; return 0, or 128 + n where signal n ended the run early.
+
+    All ranks have written by then: torchrun takes that status for a failure and ends those that are left.
+    """
     access.log_to_stderr(config.run.name, "learn", rank)
     prepare_run(config)
     stop = StopRequest()
-    is_early = run_rank(config, stop, is_first=rank == 0).reason == STOP_REQUESTED
-    return SIGNAL_BASE + stop.signal_number if is_early and stop.signal_number is not None else 0
+    if run_rank(config, stop, is_first=rank == 0).reason != STOP_REQUESTED:
+        return 0
+    # a rank that no signal reached ended for another rank's
+    return SIGNAL_BASE + (stop.signal_number or signal.SIGTERM)
 
 
 def leave_out_untrainable(config: RunConfig) -> None:
