@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from rollstream.commands.options import AsJson, ConfigPath, Overrides, Seed
@@ -58,7 +59,7 @@ def import_data(
     from rollstream.datasets.importing import describe_summary, import_dataset
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"importing {src}", total=None)
+        task = progress.add_task(escape(f"importing {src}"), total=None)
         summary = import_dataset(
             kind,
             src,
@@ -134,7 +135,7 @@ def predict(
     from rollstream.commands.predicting import predict as write_predictions
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"loading {model}", total=None)
+        task = progress.add_task(escape(f"loading {model}"), total=None)
         done = write_predictions(
             model,
             images,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 
 import configs
 from broker_schemas.errors import DataError
@@ -38,7 +39,9 @@ def run_demo(*, steps: int, output_dir: Path) -> int:
     folder = access.run_folder(config)
     _make_data(config, console)
     _evaluate(config, console, "before", SHIPPED_MODEL)
-    console.print(f"[bold]training[/bold] {steps} optimizer steps of {config.variant} in {folder.path}")
+    console.print(
+        f"[bold]training[/bold] {steps} optimizer steps of {config.variant} in {escape(str(folder.path))}"
+    )
     result = run_stack(CONFIG, config, StackOptions(overrides=overrides))
     if result.exit_status:
         console.print(result.reason, markup=False)
@@ -60,7 +63,7 @@ def _make_data(config: RunConfig, console: Console) -> None:
     destination = Path(config.data.train_jsonl).parent
     if Path(config.data.train_jsonl).exists():
         return
-    console.print(f"[bold]data[/bold] drawing scenes into {destination}")
+    console.print(f"[bold]data[/bold] drawing scenes into {escape(str(destination))}")
     make_scenes(destination)
 
 
@@ -75,7 +78,7 @@ def _conclude(folder: RunFolder, console: Console) -> int:
     path = write_report(folder)
     console.print(render_terminal(build_report(folder)))
     console.print(render_audit(audit))
-    console.print(f"report: {path.resolve()}", soft_wrap=True)
+    console.print(f"report: {path.resolve()}", soft_wrap=True, markup=False)
     if audit.steps["B"] == 0:
         raise DataError(
             f"demo {folder.path}: no B step was trained; look at {folder.logs_dir} for the producer's log"

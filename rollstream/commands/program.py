@@ -188,7 +188,9 @@ def _place_problem(error: OSError) -> str:
 
 
 def _say(console: Console, error: BaseException | str) -> None:
-    console.print(f"rollstream: {error}", markup=False)
+    from rollstream.show.visible_text import visible_text
+
+    console.print(visible_text(f"rollstream: {error}"), markup=False)
 
 
 def _status_of(error: RollstreamError) -> int:

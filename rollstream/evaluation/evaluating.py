@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from configs import RunConfig
@@ -26,7 +27,7 @@ def evaluate_run(
     chosen = model or checkpoint or access.model_dir(config)
     evaluator = Evaluator(config, num_samples=num_samples)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"evaluating {chosen}", total=None)
+        task = progress.add_task(escape(f"evaluating {chosen}"), total=None)
         evaluation = evaluator.evaluate_folder(
             chosen, progress=lambda done, total: progress.update(task, completed=done, total=total)
         )

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from learner.stop_request import StopRequest
+from learner.train_loop import FINISHED, STOP_REQUESTED, LearnerOutcome
+from rollstream.commands.program import main
 from rollstream.models.shipped import SHIPPED_MODEL
+from rollstream.stack import learning
 from rollstream.stack.learn_progress import StepLines, left_text
 from rollstream.stack.plan import role_environment
 from tests.builders.configs import make_mapping, write_file
@@ -82,3 +86,41 @@ def test_steps_are_told_at_once_and_then_now_and_then_with_what_is_left() -> Non
     assert said[-1].startswith("step 100/100")
     assert len(said) == 21
     assert [left_text(seconds) for seconds in (5, 600, 7200)] == ["5 s left", "10 min left", "2.0 h left"]
+
+
+@pytest.mark.req("U-2")
+@pytest.mark.parametrize(
+    "reason, number, status",
+    [(FINISHED, None, 0), (FINISHED, 15, 0), (STOP_REQUESTED, 15, 143), (STOP_REQUESTED, 2, 130)]
+    + [(STOP_REQUESTED, None, 143)],
+)
+def test_a_rank_under_torchrun_ends_with_what_stopped_the_run(
+    reason: str, number: int | None, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(config: object, stop: StopRequest, *, is_first: bool) -> LearnerOutcome:
+        stop.signal_number = number
+        return LearnerOutcome(optimizer_step=3, reason=reason)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(learning, "run_rank", stopped)
+    config = write_file(tmp_path, make_mapping(run__output_dir=str(tmp_path)))
+    assert learning.learn_or_spawn(config, ()) == status
+
+
+def test_text_of_a_path_is_neither_markup_nor_obeyed_by_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "[" / "x] \x1b[31m"
+    odd.mkdir(parents=True)
+    for words in (
+        ["data", "import", "voc", str(odd), str(tmp_path / "out")],
+        ["data", "show", str(odd)],
+        ["report", str(odd)],
+        ["audit", str(odd), "--sample", "[/x]"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, (words, said)
+        assert "[/x] " in said, "shown as it is"
+        assert "\x1b[31m" not in said, "made visible"
