@@ -48,6 +48,7 @@ DECIDING_KEYS: Final = (
     f"{_METHOD}.temperature_coord",
     f"{_METHOD}.soft_ce_weight",
     f"{_METHOD}.w1_weight",
+    f"{_METHOD}.duplicate_weight",
     f"{_METHOD}.gate_weight",
 )
 # where things are and who watches them is no setting of the run

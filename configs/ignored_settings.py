@@ -58,6 +58,11 @@ def _greedy(is_greedy: bool) -> str | None:
     return "temperature 0 is greedy and samples nothing; raise decoding.temperature" if is_greedy else None
 
 
+def _without_rollouts(config: RunConfig) -> str | None:
+    is_zero = config.stage2_ab.schedule.b_ratio is not None and config.b_ratio == 0
+    return "stage2_ab.schedule.b_ratio is 0: no step trains rollouts" if is_zero else None
+
+
 def _without_dump(config: RunConfig) -> str | None:
     return None if config.rollout_matching.debug_dump_parse_failures else "debug_dump_parse_failures is off"
 
@@ -118,6 +123,11 @@ IGNORED_SETTINGS: tuple[IgnoredSetting, ...] = (
         prefix=(*METHOD, "debug_dump_max"),
         depends=(*METHOD, "debug_dump_parse_failures"),
         why=_without_dump,
+    ),
+    IgnoredSetting(
+        prefix=(*METHOD, "duplicate_weight"),
+        depends=("stage2_ab", "schedule", "b_ratio"),
+        why=_without_rollouts,
     ),
     IgnoredSetting(prefix=("broker", "tls"), depends=("broker", "url"), why=_without_tls),
     IgnoredSetting(prefix=("broker", "jobs_url"), depends=("broker", "url"), why=_without_url),

@@ -119,6 +119,8 @@ class RolloutMatchingSection(Section):
     """Weight of the Wasserstein-1 distance of a coordinate slot."""
     gate_weight: Weight = 1.0
     """Weight of the gate, which moves probability onto coordinate tokens."""
+    duplicate_weight: Weight = 0.0
+    """Weight of the unlikelihood of coordinate and structure tokens of repeated objects; 0 = not trained."""
     post_rollout_pack_scope: Literal["micro", "window"] = "micro"
     """Packing of rollout_matching_sft: `micro` carries leftovers over, `window` sees the whole step."""
     debug_dump_parse_failures: bool = False

@@ -21,6 +21,7 @@ from broker_schemas.records.records import MAX_OBJECTS, GroundTruthObject, Match
 from consumers.evaluation_result import EvaluationResult, evaluate_rollout, unusable_rollout
 from consumers.fragments import FragmentNotEncoded
 from consumers.matching import MatchResult, MatchSettings, match_objects
+from consumers.overlap_counts import duplicate_predictions
 from consumers.parsing import END_TOKEN, ParsedRollout, parse_rollout
 from consumers.segments import SegmentVocabulary, build_segment, rollout_counters
 from consumers.token_bytes import backend_of, token_bytes_of
@@ -133,11 +134,14 @@ class MatchOutcome:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MatchedRollout:
-    """The stages of one record, for whoever shows them: ``targets[i]`` belong to ``match.pairs[i]``."""
+    """The stages of one record, for whoever shows them: ``targets[i]`` belong to ``match.pairs[i]``;
+    ``duplicates`` are the predictions that repeat an earlier one.
+    """
 
     parsed: ParsedRollout
     match: MatchResult
     targets: tuple[list[int] | None, ...]
+    duplicates: tuple[int, ...]
 
 
 def match_record(record: SegmentRecord, tools: MatcherTools) -> MatchOutcome:
@@ -157,13 +161,15 @@ def match_record(record: SegmentRecord, tools: MatcherTools) -> MatchOutcome:
         return _unusable(record, rejection)
     rollout = match_parsed(record, parsed, tools)
     failure = _parse_failure(record, rollout.parsed, tools)
-    counters = rollout_counters(rollout.parsed, rollout.match)
+    counters = rollout_counters(rollout.parsed, rollout.match, num_duplicates=len(rollout.duplicates))
     if record.purpose == "evaluation":
         text = token_bytes_of(tools.tokenizer).text(record.response_token_ids)
         result = evaluate_rollout(record, rollout.parsed, rollout.match, text, tools.match_settings)
         return MatchOutcome(evaluation=result, parse_failure=failure, counters=counters)
     try:
-        segment = build_segment(record, rollout.parsed, rollout.match, rollout.targets, tools.vocabulary)
+        segment = build_segment(
+            record, rollout.parsed, rollout.match, rollout.targets, tools.vocabulary, rollout.duplicates
+        )
     except FragmentNotEncoded as exc:
         rejection = Rejection(reason="fragment_not_encoded", detail=f"segment {record.record_id}: {exc}")
     else:
@@ -194,7 +200,12 @@ def match_parsed(record: SegmentRecord, parsed: ParsedRollout, tools: MatcherToo
     trained = match.pairs if record.purpose == "train" else ()
     pairs = [(parsed.objects[prediction], truth[index]) for prediction, index in trained]
     targets = targets_of_pairs(pairs, tools.transport_settings)
-    return MatchedRollout(parsed=parsed, match=match, targets=tuple(targets))
+    return MatchedRollout(
+        parsed=parsed,
+        match=match,
+        targets=tuple(targets),
+        duplicates=duplicate_predictions(parsed.objects, tools.match_settings),
+    )
 
 
 def _record_problem(record: SegmentRecord, tools: MatcherTools) -> Rejection | None:

@@ -17,6 +17,7 @@ from broker_schemas.records.records import MatchedSegment, SegmentRecord
 from consumers.fragments import Fragment, encode_fragment
 from consumers.matching import MatchResult
 from consumers.parsing import ParsedRollout
+from consumers.repeats import repeat_tokens
 
 TargetBins = Sequence[int]
 
@@ -36,12 +37,14 @@ def build_segment(
     match: MatchResult,
     targets: Sequence[TargetBins | None],
     vocabulary: SegmentVocabulary,
+    duplicates: Sequence[int] = (),
 ) -> MatchedSegment:
     """Return the training sequence of ``record`` (ROLLOUT_MATCHING section 7).
 
     ``targets[i]`` are the target bins of ``match.pairs[i]``, as many as its prediction has, or None for a
     pair without a target: it is excluded and its ground truth appended. Appended objects keep the order of
-    the record. Nothing to append gives the kept text closed by ``}``. Raises FragmentNotEncoded.
+    the record. Nothing to append gives the kept text closed by ``}``. ``duplicates`` are predictions that
+    repeat an earlier one; the tokens of those without a target are marked. Raises FragmentNotEncoded.
     """
     excluded = [truth for (_, truth), target in zip(match.pairs, targets, strict=True) if target is None]
     appended = sorted([*match.unmatched_ground_truth, *excluded])
@@ -57,12 +60,18 @@ def build_segment(
         if target is not None
         for slot in zip(parsed.objects[prediction].token_indices, target, strict=True)
     )
-    counters = rollout_counters(parsed, match, num_excluded=len(excluded))
+    trained = {pair[0] for pair, target in zip(match.pairs, targets, strict=True) if target is not None}
+    repeated = repeat_tokens(
+        parsed, [index for index in duplicates if index not in trained], vocabulary.tokenizer
+    )
+    counters = rollout_counters(parsed, match, num_excluded=len(excluded), num_duplicates=len(duplicates))
     counters |= {"prefix_slots": len(prefix_slots), "appended_slots": len(fragment.slot_bins)}
-    return _assemble(record, parsed, fragment, prefix_slots, vocabulary.end_token_id, counters)
+    return _assemble(record, parsed, fragment, prefix_slots, repeated, vocabulary.end_token_id, counters)
 
 
-def rollout_counters(parsed: ParsedRollout, match: MatchResult, num_excluded: int = 0) -> dict[str, int]:
+def rollout_counters(
+    parsed: ParsedRollout, match: MatchResult, num_excluded: int = 0, num_duplicates: int = 0
+) -> dict[str, int]:
     """Return the counts of M-12 for one rollout; ``dropped_<reason>`` where that reason occurred."""
     num_matched = len(match.pairs) - num_excluded
     num_unmatched = len(match.unmatched_ground_truth) + num_excluded
@@ -72,6 +81,7 @@ def rollout_counters(parsed: ParsedRollout, match: MatchResult, num_excluded: in
         "ground_truth_objects": len(match.pairs) + len(match.unmatched_ground_truth),
         "matched": num_matched,
         "unmatched_appended": num_unmatched,
+        "duplicates": num_duplicates,
         "gating_rejections": match.gating_rejections,
         "targets_excluded": num_excluded,
         "truncated": int(parsed.truncated),
@@ -85,6 +95,7 @@ def _assemble(
     parsed: ParsedRollout,
     fragment: Fragment,
     prefix_slots: Sequence[tuple[int, int]],
+    repeated: Sequence[int],
     end_token_id: int,
     counters: dict[str, int],
 ) -> MatchedSegment:
@@ -120,6 +131,7 @@ def _assemble(
         slot_positions=slots.astype(np.int32),
         slot_targets=slot_targets.astype(np.int16),
         slot_in_prefix=np.arange(len(slots)) < len(prefix_slots),
+        repeat_positions=np.asarray([index + prefix_start for index in repeated], dtype=np.int32),
         counters=counters,
         optimizer_step=record.optimizer_step,
         generated_at_ms=record.generated_at_ms,

@@ -67,11 +67,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 terms = position_terms(head(piece), chunk.supervision, settings)
                 loss = (terms.ce * shares[0][chunk.ce_places]).sum()
                 loss = loss + (slot_losses(terms, settings) * shares[1][chunk.slot_places]).sum()
+                loss = loss + (terms.repeat * shares[2][chunk.repeat_places]).sum()
             sums.note(chunk, terms, loss)
             if is_trained:
                 sums.add_gradients(chunk, torch.autograd.grad(loss, [piece, *weights]))
         ctx.gradients = sums.gradients()
-        terms_of_row = (sums.ce, *sums.slots)
+        terms_of_row = (sums.ce, *sums.slots, sums.repeat)
         ctx.mark_non_differentiable(*terms_of_row)
         return sums.total, *terms_of_row
 
@@ -86,10 +87,15 @@ class _Chunk:
     """Positions ``first`` to ``end`` of the kept ones, and which supervised tokens they predict."""
 
     def __init__(
-        self, supervision: RowSupervision, ce_places: Tensor, slot_places: Tensor, first: int
+        self,
+        supervision: RowSupervision,
+        ce_places: Tensor,
+        slot_places: Tensor,
+        repeat_places: Tensor,
+        first: int,
     ) -> None:
         self.first = first
-        self.ce_places, self.slot_places = ce_places, slot_places
+        self.ce_places, self.slot_places, self.repeat_places = ce_places, slot_places, repeat_places
         self.supervision = RowSupervision(
             record_ids=supervision.record_ids,
             ce_rows=supervision.ce_rows[ce_places] - first,
@@ -100,6 +106,9 @@ class _Chunk:
             slot_targets=supervision.slot_targets[slot_places],
             slot_in_prefix=supervision.slot_in_prefix[slot_places],
             slot_segment=supervision.slot_segment[slot_places],
+            repeat_rows=supervision.repeat_rows[repeat_places] - first,
+            repeat_labels=supervision.repeat_labels[repeat_places],
+            repeat_segment=supervision.repeat_segment[repeat_places],
         )
         self.end = first
 
@@ -107,11 +116,13 @@ class _Chunk:
 def _chunks(supervision: RowSupervision, num_positions: int, chunk_positions: int) -> Iterator[_Chunk]:
     ce_order, ce_bounds = _places(supervision.ce_rows, num_positions, chunk_positions)
     slot_order, slot_bounds = _places(supervision.slot_rows, num_positions, chunk_positions)
+    repeat_order, repeat_bounds = _places(supervision.repeat_rows, num_positions, chunk_positions)
     for index, first in enumerate(range(0, num_positions, chunk_positions)):
         chunk = _Chunk(
             supervision,
             ce_order[ce_bounds[index] : ce_bounds[index + 1]],
             slot_order[slot_bounds[index] : slot_bounds[index + 1]],
+            repeat_order[repeat_bounds[index] : repeat_bounds[index + 1]],
             first,
         )
         chunk.end = min(first + chunk_positions, num_positions)
@@ -134,6 +145,7 @@ class _Sums:
         self.total = hidden.new_zeros((), dtype=dtype)
         self.ce = hidden.new_zeros(supervision.ce_rows.shape[0], dtype=dtype)
         self.slots = [hidden.new_zeros(supervision.slot_rows.shape[0], dtype=dtype) for _ in range(3)]
+        self.repeat = hidden.new_zeros(supervision.repeat_rows.shape[0], dtype=dtype)
         self._of_hidden = torch.zeros_like(hidden)
         self._of_weights = [torch.zeros_like(weight, dtype=dtype) for weight in weights]
         self._weights = weights
@@ -143,6 +155,7 @@ class _Sums:
         self.ce[chunk.ce_places] = terms.ce.detach()
         for into, found in zip(self.slots, (terms.soft_ce, terms.w1, terms.gate), strict=True):
             into[chunk.slot_places] = found.detach()
+        self.repeat[chunk.repeat_places] = terms.repeat.detach()
 
     def add_gradients(self, chunk: _Chunk, found: tuple[Tensor, ...]) -> None:
         self._of_hidden[chunk.first : chunk.end] = found[0]

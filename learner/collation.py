@@ -26,13 +26,15 @@ class CollationSettings:
 
     ``image_token_id``: the placeholder that stands for one merged patch. ``merge_size``: patches per side
     of one placeholder. ``processor_fingerprint``: of the processor the learner uses; segments made with
-    another are refused. ``coord_ids``: token ids of the 1000 bins.
+    another are refused. ``coord_ids``: token ids of the 1000 bins. ``with_repeats``: supervise the tokens of
+    repeated objects too.
     """
 
     image_token_id: int
     merge_size: int
     processor_fingerprint: str
     coord_ids: frozenset[int]
+    with_repeats: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ def collate_row(
         raise ValueError("packed row: got no segments, expected at least one")
     for segment, segment_pixels in zip(segments, pixels, strict=True):
         check_segment(segment, segment_pixels, settings)
-    supervision = supervise_row(segments)
+    supervision = supervise_row(segments, with_repeats=settings.with_repeats)
     kept_positions, kept_supervision = supervision.on_kept_rows()
     with_images = [entry for entry in pixels if entry is not None]
     return PackedRow(

@@ -26,8 +26,9 @@ class LossSettings:
     bins. ``target_truncate``: bins from the target beyond which it is zero; None keeps all of it.
     ``temperature_coord``: divides coordinate logits. ``*_weight``: weight of each term of the slot loss.
     ``desc_ce_weight``: weight of ``desc`` tokens in the mean cross-entropy (channel A; channel B masks
-    them). ``chunk_positions``: supervised positions whose logits exist at a time, 0 for all of a row; read
-    by ``chunked_losses`` [L-4]. ``keeps_non_finite``: a loss that is not finite is left to the caller.
+    them). ``duplicate_weight``: weight of the unlikelihood of repeated objects. ``chunk_positions``:
+    supervised positions whose logits exist at a time, 0 for all of a row; read by ``chunked_losses`` [L-4].
+    ``keeps_non_finite``: a loss that is not finite is left to the caller.
     """
 
     coord_ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class LossSettings:
     w1_weight: float = 1.0
     gate_weight: float = 1.0
     desc_ce_weight: float = 1.0
+    duplicate_weight: float = 0.0
     chunk_positions: int = 0
     keeps_non_finite: bool = False
 
@@ -50,7 +52,7 @@ class LossSettings:
         for name in ("target_sigma", "temperature_coord"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"loss settings: got {name} {getattr(self, name)}, expected above 0")
-        for name in ("soft_ce_weight", "w1_weight", "gate_weight", "desc_ce_weight"):
+        for name in ("soft_ce_weight", "w1_weight", "gate_weight", "desc_ce_weight", "duplicate_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"loss settings: got {name} {getattr(self, name)}, expected 0 or more")
         if self.target_truncate is not None and self.target_truncate < 0:
@@ -62,9 +64,10 @@ class SegmentLosses:
     """Losses of N segments, each (N,) float32 (float64 for float64
     logits); only ``total`` is meant to be trained.
 
-    ``ce``: weighted mean over the segment's cross-entropy tokens, ``slot``: mean over its slots; 0 for
-    none. ``slot_prefix``, ``slot_tail``: sums of slot losses of matched prefix slots and of appended ones;
-    ``num_prefix_slots``, ``num_tail_slots`` their counts. ``soft_ce``, ``w1``, ``gate``: unweighted means.
+    ``ce``: weighted mean over the segment's cross-entropy tokens, ``slot``: mean over its slots, ``repeat``:
+    mean unlikelihood over the tokens of its repeated objects; 0 for none. ``slot_prefix``, ``slot_tail``:
+    sums of slot losses of matched prefix slots and of appended ones; ``num_prefix_slots``,
+    ``num_tail_slots`` their counts. ``soft_ce``, ``w1``, ``gate``: unweighted means.
     """
 
     record_ids: tuple[str, ...]
@@ -74,6 +77,7 @@ class SegmentLosses:
     soft_ce: Tensor
     w1: Tensor
     gate: Tensor
+    repeat: Tensor
     slot_prefix: Tensor
     slot_tail: Tensor
     num_prefix_slots: Tensor
@@ -92,7 +96,8 @@ def segment_losses(
     num_tokens = sum(segment.encoded_length for segment in segments)
     if logits.ndim != 2 or logits.shape[0] != num_tokens:
         raise ValueError(f"segment losses: got logits {tuple(logits.shape)}, expected ({num_tokens}, V)")
-    return supervised_losses(logits, supervise_row(segments).to(logits.device), settings)
+    supervision = supervise_row(segments, with_repeats=settings.duplicate_weight > 0)
+    return supervised_losses(logits, supervision.to(logits.device), settings)
 
 
 def supervised_losses(logits: Tensor, supervision: RowSupervision, settings: LossSettings) -> SegmentLosses:
@@ -107,12 +112,15 @@ def supervised_losses(logits: Tensor, supervision: RowSupervision, settings: Los
 
 @dataclass(frozen=True, kw_only=True)
 class PositionTerms:
-    """Loss terms of C cross-entropy tokens, ``ce`` (C,), and S slots, ``soft_ce``, ``w1``, ``gate`` (S,)."""
+    """Loss terms of C cross-entropy tokens, ``ce`` (C,), S slots, ``soft_ce``, ``w1``, ``gate`` (S,), and R
+    tokens of repeated objects, ``repeat`` (R,).
+    """
 
     ce: Tensor
     soft_ce: Tensor
     w1: Tensor
     gate: Tensor
+    repeat: Tensor
 
 
 def position_terms(logits: Tensor, supervision: RowSupervision, settings: LossSettings) -> PositionTerms:
@@ -128,7 +136,8 @@ def position_terms(logits: Tensor, supervision: RowSupervision, settings: LossSe
     chosen = logits[supervision.ce_rows].to(dtype)
     ce = torch.nn.functional.cross_entropy(chosen, supervision.ce_labels, reduction="none")
     soft_ce, w1, gate = _slot_terms(logits, supervision, settings, dtype)
-    return PositionTerms(ce=ce, soft_ce=soft_ce, w1=w1, gate=gate)
+    repeat = _unlikelihood(logits, supervision, settings, dtype)
+    return PositionTerms(ce=ce, soft_ce=soft_ce, w1=w1, gate=gate, repeat=repeat)
 
 
 def reduce_terms(terms: PositionTerms, supervision: RowSupervision, settings: LossSettings) -> SegmentLosses:
@@ -142,14 +151,16 @@ def reduce_terms(terms: PositionTerms, supervision: RowSupervision, settings: Lo
     slot_segment = supervision.slot_segment
     ce_mean = _segment_mean(terms.ce * ce_weights, supervision.ce_segment, num_segments, ce_weights)
     slot_mean = _segment_mean(slots, slot_segment, num_segments)
+    repeat_mean = _segment_mean(terms.repeat, supervision.repeat_segment, num_segments)
     losses = SegmentLosses(
         record_ids=supervision.record_ids,
-        total=ce_mean + slot_mean,
+        total=ce_mean + slot_mean + settings.duplicate_weight * repeat_mean,
         ce=ce_mean,
         slot=slot_mean,
         soft_ce=_segment_mean(terms.soft_ce, slot_segment, num_segments),
         w1=_segment_mean(terms.w1, slot_segment, num_segments),
         gate=_segment_mean(terms.gate, slot_segment, num_segments),
+        repeat=repeat_mean,
         slot_prefix=_segment_sum(slots.detach() * in_prefix, slot_segment, num_segments),
         slot_tail=_segment_sum(slots.detach() * (1 - in_prefix), slot_segment, num_segments),
         num_prefix_slots=_segment_sum(in_prefix, slot_segment, num_segments),
@@ -176,15 +187,21 @@ def cross_entropy_weights(supervision: RowSupervision, settings: LossSettings, d
 
 def shares_of_total(
     supervision: RowSupervision, settings: LossSettings, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return by how much the sum of all segments' losses grows with each ``ce`` (C,) and each slot (S,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return by how much the sum of all segments' losses grows with each ``ce``, slot and ``repeat``.
+
+    Shapes (C,), (S,) and (R,).
+    """
     num_segments = supervision.num_segments
     weights = cross_entropy_weights(supervision, settings, dtype)
     total_weight = _segment_sum(weights, supervision.ce_segment, num_segments)
     ones = torch.ones_like(supervision.slot_segment, dtype=dtype)
     num_slots = _segment_sum(ones, supervision.slot_segment, num_segments)
     ce_shares = weights / total_weight.masked_fill(total_weight == 0, 1)[supervision.ce_segment]
-    return ce_shares, ones / num_slots[supervision.slot_segment]
+    repeats = torch.ones_like(supervision.repeat_segment, dtype=dtype)
+    num_repeats = _segment_sum(repeats, supervision.repeat_segment, num_segments)
+    repeat_shares = settings.duplicate_weight * repeats / num_repeats[supervision.repeat_segment]
+    return ce_shares, ones / num_slots[supervision.slot_segment], repeat_shares
 
 
 def soft_targets(target_bins: Tensor, settings: LossSettings, dtype: torch.dtype) -> Tensor:
@@ -209,6 +226,27 @@ def _slot_terms(
     w1 = (log_p.exp() - q).cumsum(dim=1).abs().mean(dim=1)
     gate = scaled.logsumexp(dim=1) - coord.logsumexp(dim=1)
     return soft_ce, w1, gate
+
+
+def _unlikelihood(
+    logits: Tensor, supervision: RowSupervision, settings: LossSettings, dtype: torch.dtype
+) -> Tensor:
+    """Return -log(1 - p) (R,) of each token of a repeated object, p its probability.
+
+    p is among the coordinates for a coordinate, among all tokens for any other [M-8]. As a difference of two
+    sums it stays finite, with gradients of at most 1, where p is 1.
+    """
+    labels = supervision.repeat_labels
+    if not len(labels):
+        return logits.new_zeros(0, dtype=dtype)
+    chosen = logits[supervision.repeat_rows].to(dtype)
+    is_coord = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    is_coord[list(settings.coord_ids)] = True
+    coord = is_coord[labels][:, None]
+    scores = torch.where(coord, chosen / settings.temperature_coord, chosen)
+    scores = scores.masked_fill(coord & ~is_coord, -torch.inf)
+    others = scores.scatter(1, labels[:, None], -torch.inf)
+    return scores.logsumexp(dim=1) - others.logsumexp(dim=1)
 
 
 def _segment_sum(values: Tensor, segment_of: Tensor, num_segments: int) -> Tensor:

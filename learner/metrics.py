@@ -23,6 +23,7 @@ LOSS_TERMS: Final = {
     "soft_ce": "loss_coord_soft_ce",
     "w1": "loss_coord_w1",
     "gate": "loss_coord_gate",
+    "duplicates": "loss_duplicates",
 }
 
 

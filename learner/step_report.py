@@ -85,6 +85,7 @@ def log_row(claim: StepClaim, joined: RankPart, update: StepUpdate, *, step_s: f
         "loss_coord_soft_ce": sums.mean("soft_ce"),
         "loss_coord_w1": sums.mean("w1"),
         "loss_coord_gate": sums.mean("gate"),
+        "loss_duplicates": sums.mean("repeat"),
         "loss_coord_prefix": sums.prefix_mean,
         "loss_coord_tail": sums.tail_mean,
         "grad_norm": update.grad_norm,

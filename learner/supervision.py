@@ -17,11 +17,13 @@ from broker_schemas.records.records import MatchedSegment
 
 @dataclass(frozen=True, kw_only=True)
 class RowSupervision:
-    """Index tensors of one packed row of N segments with C cross-entropy tokens and S coordinate slots.
+    """Index tensors of one packed row of N segments with C cross-entropy tokens, S coordinate slots
+    and R tokens of repeated objects.
 
     ``ce_rows`` (C,), ``slot_rows`` (S,) int64 say which logits predict them; ``ce_labels`` (C,) int64 token
     ids; ``ce_is_desc`` (C,) bool; ``slot_targets`` (S,) int64 bins; ``slot_in_prefix`` (S,) bool;
-    ``ce_segment`` (C,), ``slot_segment`` (S,) int64 index ``record_ids`` (N).
+    ``ce_segment`` (C,), ``slot_segment`` (S,), ``repeat_segment`` (R,) int64 index ``record_ids`` (N).
+    ``repeat_rows`` (R,) predict the tokens of repeated objects, ``repeat_labels`` (R,) int64 are their ids.
     """
 
     record_ids: tuple[str, ...]
@@ -33,6 +35,9 @@ class RowSupervision:
     slot_targets: Tensor
     slot_in_prefix: Tensor
     slot_segment: Tensor
+    repeat_rows: Tensor
+    repeat_labels: Tensor
+    repeat_segment: Tensor
 
     @property
     def num_segments(self) -> int:
@@ -45,7 +50,7 @@ class RowSupervision:
         Logits computed at these positions alone (``logits_to_keep``)
         are what the returned supervision indexes.
         """
-        kept = torch.unique(torch.cat([self.ce_rows, self.slot_rows]), sorted=True)
+        kept = torch.unique(torch.cat([self.ce_rows, self.slot_rows, self.repeat_rows]), sorted=True)
         return kept, RowSupervision(
             record_ids=self.record_ids,
             ce_rows=torch.searchsorted(kept, self.ce_rows),
@@ -56,6 +61,9 @@ class RowSupervision:
             slot_targets=self.slot_targets,
             slot_in_prefix=self.slot_in_prefix,
             slot_segment=self.slot_segment,
+            repeat_rows=torch.searchsorted(kept, self.repeat_rows),
+            repeat_labels=self.repeat_labels,
+            repeat_segment=self.repeat_segment,
         )
 
     def to(self, device: torch.device) -> RowSupervision:
@@ -64,10 +72,10 @@ class RowSupervision:
         return RowSupervision(record_ids=self.record_ids, **moved)
 
 
-def supervise_row(segments: Sequence[MatchedSegment]) -> RowSupervision:
+def supervise_row(segments: Sequence[MatchedSegment], *, with_repeats: bool = False) -> RowSupervision:
     """Return the supervision of segments that lie one after the other in a row, the first at position 0.
 
-    No segments: all arrays empty.
+    No segments: all arrays empty. Without ``with_repeats`` the tokens of repeated objects are left out.
     """
     columns: dict[str, list[np.ndarray]] = {
         name: [] for name in RowSupervision.__dataclass_fields__ if name != "record_ids"
@@ -83,6 +91,10 @@ def supervise_row(segments: Sequence[MatchedSegment]) -> RowSupervision:
         columns["slot_targets"].append(segment.slot_targets)
         columns["slot_in_prefix"].append(segment.slot_in_prefix)
         columns["slot_segment"].append(np.full(len(segment.slot_positions), index))
+        repeats = segment.repeat_positions.astype(np.int64) if with_repeats else np.zeros(0, np.int64)
+        columns["repeat_rows"].append(repeats + (offset - 1))
+        columns["repeat_labels"].append(segment.token_ids[repeats])
+        columns["repeat_segment"].append(np.full(len(repeats), index))
         offset += segment.encoded_length
     joined = {name: _join(parts, is_flag=name in _FLAGS) for name, parts in columns.items()}
     return RowSupervision(record_ids=tuple(segment.record_id for segment in segments), **joined)

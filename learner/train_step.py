@@ -36,6 +36,7 @@ class LossSums:
     soft_ce: float = 0.0
     w1: float = 0.0
     gate: float = 0.0
+    repeat: float = 0.0
     slot_prefix: float = 0.0
     slot_tail: float = 0.0
     num_prefix_slots: float = 0.0

@@ -218,13 +218,14 @@ class MatchedSegment:
     predicted by the logits at i-1). ``desc_mask`` (N,) marks tokens of ``desc`` values. Slots are coordinate
     tokens with a coordinate loss: ``slot_positions`` (S,) int32 index ``token_ids``, strictly rising;
     ``slot_targets`` (S,) int16 bins; ``slot_in_prefix`` (S,) true for matched prefix slots, false for
-    appended ones.
+    appended ones. ``repeat_positions`` (R,) int32, strictly rising, index the coordinate and structure
+    tokens of objects that repeat an earlier one and have no target.
     ``counters`` are the counts of M-12 for this rollout. ``assistant_payload`` and ``response_tail_ids``
     (what the rollout wrote beyond the kept prefix) let it be looked at again; both are empty on A.
     """
 
     KIND = "matched"
-    SCHEMA_VERSION = 1
+    SCHEMA_VERSION = 2
 
     record_id: str
     channel: Channel
@@ -240,6 +241,7 @@ class MatchedSegment:
     slot_positions: NDArray[np.int32]
     slot_targets: NDArray[np.int16]
     slot_in_prefix: NDArray[np.bool_]
+    repeat_positions: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     counters: Mapping[str, int] = field(default_factory=dict)
     optimizer_step: int = NOT_STEP_BOUND
     generated_at_ms: int = 0
@@ -277,6 +279,7 @@ class MatchedSegment:
                 "slot_positions": codec.encode_array(self.slot_positions, "<i4"),
                 "slot_targets": codec.encode_array(self.slot_targets, "<i2"),
                 "slot_in_prefix": codec.encode_mask(self.slot_in_prefix),
+                "repeat_positions": codec.encode_array(self.repeat_positions, "<i4"),
                 "counters": dict(self.counters),
                 "optimizer_step": self.optimizer_step,
                 "generated_at_ms": self.generated_at_ms,
@@ -313,6 +316,10 @@ class MatchedSegment:
             slot_in_prefix=codec.decode_mask(
                 body.get("slot_in_prefix"), len(slots), field=f"{where}.slot_in_prefix"
             ),
+            # bodies beside the queue and in archives carry no version: without the field it is version 1
+            repeat_positions=codec.decode_array(
+                body.get("repeat_positions", b""), "<i4", field=f"{where}.repeat_positions"
+            ),
             counters=read.counts("counters"),
             optimizer_step=read.integer("optimizer_step", low=NOT_STEP_BOUND, default=NOT_STEP_BOUND),
             generated_at_ms=read.integer("generated_at_ms", low=0, default=0),
@@ -342,14 +349,17 @@ class MatchedSegment:
         for name, mask in (("ce_mask", self.ce_mask), ("desc_mask", self.desc_mask)):
             if mask[:first].any():
                 raise MalformedRecord(f"{where}.{name}: supervises a prompt token, expected only >= {first}")
-        slots = self.slot_positions
+        slots, repeats = self.slot_positions, self.repeat_positions
+        for name, places in (("slot_positions", slots), ("repeat_positions", repeats)):
+            if len(places) and (places[0] < first or places[-1] >= length or np.any(np.diff(places) <= 0)):
+                raise MalformedRecord(
+                    f"{where}.{name}: got {places[0]}..{places[-1]}, "
+                    f"expected rising within {first}..{length - 1}"
+                )
+        if self.ce_mask[repeats].any() or len(np.intersect1d(slots, repeats)):
+            raise MalformedRecord(f"{where}: a token of a repeat is also trained, expected one or the other")
         if len(slots) == 0:
             return
-        if slots[0] < first or slots[-1] >= length or (len(slots) > 1 and np.diff(slots).min() <= 0):
-            raise MalformedRecord(
-                f"{where}.slot_positions: got {slots[0]}..{slots[-1]}, "
-                f"expected rising within {first}..{length - 1}"
-            )
         if self.slot_targets.min() < 0 or self.slot_targets.max() > 999:
             raise MalformedRecord(f"{where}.slot_targets: expected bins 0..999")
         if self.ce_mask[slots].any():

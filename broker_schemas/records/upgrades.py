@@ -16,6 +16,7 @@ Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 UPGRADES: dict[tuple[str, int], Upgrade] = {
     # only its place changed: from the entry of the stream to a key beside it
     ("segment", 1): lambda body: body,
+    ("matched", 1): lambda body: {**body, "repeat_positions": b""},
 }
 
 

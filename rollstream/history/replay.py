@@ -29,6 +29,7 @@ METHOD_KEYS: Final = (
     "soft_ce_weight",
     "w1_weight",
     "gate_weight",
+    "duplicate_weight",
 )
 """Loss settings below ``custom.extra.rollout_matching``; ``desc_ce_weight`` is below ``stage2_ab``."""
 

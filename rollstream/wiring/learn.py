@@ -67,6 +67,7 @@ def loss_settings(config: RunConfig, prompts: PromptBuilder) -> LossSettings:
         soft_ce_weight=method.soft_ce_weight,
         w1_weight=method.w1_weight,
         gate_weight=method.gate_weight,
+        duplicate_weight=method.duplicate_weight,
         desc_ce_weight=config.stage2_ab.desc_ce_weight,
         chunk_positions=config.training.loss_chunk_positions,
         keeps_non_finite=config.training.non_finite_loss == "quarantine",
@@ -187,13 +188,16 @@ def claim_settings(config: RunConfig) -> ClaimSettings:
     )
 
 
-def collation_settings(prompts: PromptBuilder, images: ImageProcessor) -> CollationSettings:
-    """Return what the model fixes about a row."""
+def collation_settings(
+    config: RunConfig, prompts: PromptBuilder, images: ImageProcessor
+) -> CollationSettings:
+    """Return what model and loss fix about a row."""
     return CollationSettings(
         image_token_id=prompts.image_token_id,
         merge_size=prompts.merge_size,
         processor_fingerprint=images.fingerprint,
         coord_ids=frozenset(int(token_id) for token_id in prompts.coord_vocab.ids),
+        with_repeats=config.rollout_matching.duplicate_weight > 0,
     )
 
 
@@ -365,7 +369,7 @@ def build_parts(
             if has_ground_truth_steps(config)
             else None,
             pixels=ProcessorPixelSource(images),
-            collation=collation_settings(prompts, images),
+            collation=collation_settings(config, prompts, images),
             positions_of=position_rule_of(model),
         ),
         metrics=LearnerMetrics(access.start_metrics(config, "learn", ranks.rank)),

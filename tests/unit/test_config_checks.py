@@ -247,6 +247,14 @@ def test_the_same_setting_loads_where_it_has_an_effect(tmp_path: Path, changes: 
     load_mapping(tmp_path, mapping)
 
 
+@pytest.mark.req("S-6")
+def test_the_weight_of_repeats_is_refused_where_no_step_trains_rollouts(tmp_path: Path) -> None:
+    mapping = with_method(make_mapping("stage2_ab_training"), duplicate_weight=0.1)
+    load_mapping(tmp_path, mapping)
+    put(mapping, "stage2_ab.schedule.b_ratio", 0)
+    assert "duplicate_weight: would be ignored: stage2_ab.schedule.b_ratio is 0" in refusal(tmp_path, mapping)
+
+
 def test_a_rollout_that_leaves_no_room_for_the_prompt_is_refused(tmp_path: Path) -> None:
     mapping = with_method(make_mapping(training__global_max_length=512), max_new_tokens=512)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -23,10 +25,15 @@ def gradients(chunk_positions: int, *, checkpointing: bool = False) -> tuple[flo
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     segments = [make_segment(f"r-{i}", seed=i, grid_thw=grid, num_text=5 + i) for i, grid in enumerate(GRIDS)]
+    segments[1] = replace(segments[1], repeat_positions=segments[1].slot_positions[:2] - 2)
     pixels = [make_pixels(segment, dtype=torch.float64) for segment in segments]
-    row = collate_row(segments, pixels, COLLATION, position_rule_of(model))
+    row = collate_row(segments, pixels, replace(COLLATION, with_repeats=True), position_rule_of(model))
     settings = LossSettings(
-        coord_ids=COORD_IDS, chunk_positions=chunk_positions, desc_ce_weight=0.3, w1_weight=2.0
+        coord_ids=COORD_IDS,
+        chunk_positions=chunk_positions,
+        desc_ce_weight=0.3,
+        w1_weight=2.0,
+        duplicate_weight=0.7,
     )
     total, losses = RowLoss(model)(row, settings)
     (total / 3).backward()
@@ -97,6 +104,9 @@ def supervision_of(num_positions: int) -> RowSupervision:
         slot_targets=empty,
         slot_in_prefix=torch.zeros(0, dtype=torch.bool),
         slot_segment=empty,
+        repeat_rows=empty,
+        repeat_labels=empty,
+        repeat_segment=empty,
     )
 
 

@@ -166,6 +166,7 @@ def test_the_counters_say_what_became_of_a_rollout() -> None:
         "ground_truth_objects": 2,
         "matched": 1,
         "unmatched_appended": 1,
+        "duplicates": 0,
         "gating_rejections": 1,
         "targets_excluded": 0,
         "truncated": 1,
