@@ -26,6 +26,7 @@ from producers.record_building import build_records
 from rollstream.wiring import access
 from rollstream.wiring.match import matcher_tools
 from rollstream.wiring.produce import decoding_settings
+from rollstream.wiring.trainable import read_samples
 
 Progress = Callable[[int, int], None]
 EVALUATION_BATCH = 16
@@ -63,7 +64,7 @@ class Evaluator:
         self._config = config
         folder = access.model_dir(config)
         limit = num_samples or config.training.eval_num_samples
-        self._samples: Sequence[Sample] = access.read_samples(config, config.data.val_jsonl)[:limit]
+        self._samples: Sequence[Sample] = read_samples(config, config.data.val_jsonl)[:limit]
         self._prompts = access.prompt_builder(config, folder)
         self._images = access.image_processor(config, folder, config.data.val_jsonl)
         self._tools: MatcherTools = matcher_tools(config, folder)

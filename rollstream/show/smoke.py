@@ -34,6 +34,7 @@ from rollstream.staged_folder import write_atomically
 from rollstream.wiring import access
 from rollstream.wiring.match import matcher_tools
 from rollstream.wiring.produce import decoding_settings
+from rollstream.wiring.trainable import read_samples
 
 EXAMPLE_COLUMNS = 110
 
@@ -79,7 +80,7 @@ def run_smoke(config: RunConfig, *, num_samples: int, num_examples: int = 3) -> 
 def _rollouts(
     config: RunConfig, model_dir: Path, num_samples: int
 ) -> tuple[Sequence[Sample], list[SegmentRecord]]:
-    pool = access.read_samples(config, config.data.train_jsonl)
+    pool = read_samples(config, config.data.train_jsonl)
     if not 1 <= num_samples <= len(pool):
         raise DataError(
             f"smoke: got {num_samples} samples, expected 1 to the {len(pool)} of the training set"

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from configs import RunConfig
 from rollstream.wiring import access
+from rollstream.wiring.trainable import read_samples
 
 LINE_EVERY_S: Final = 10.0
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ def opening_lines(config: RunConfig) -> Iterator[str]:
     yield f"model: {folder} ({size / 1e6:.0f} MB)"
     for key, path in (("train", config.data.train_jsonl), ("val", config.data.val_jsonl)):
         if path is not None:
-            yield f"{key}: {len(access.read_samples(config, path))} samples of {path}"
+            yield f"{key}: {len(read_samples(config, path))} samples of {path}"
     run, training = access.run_folder(config), config.training
     ranks = "1 rank" if config.learner_world_size == 1 else f"{config.learner_world_size} ranks"
     yield f"run: {run.path}, {training.max_steps} steps of {training.effective_batch_size} samples, {ranks}"

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, check_server, check_takes_jobs, open_redis
 from broker_schemas.broker.run_identity import read_deciding
-from broker_schemas.errors import ConfigError, DataError
+from broker_schemas.errors import ConfigError
 from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import resolve_model_dir
@@ -140,21 +140,6 @@ def image_processor(config: RunConfig, folder: Path, jsonl: str) -> ImageProcess
         min_pixels=config.model.image.min_pixels,
         max_pixels=config.model.image.max_pixels,
     )
-
-
-def read_samples(config: RunConfig, jsonl: str) -> list[Sample]:
-    """Return a data set in the run's object order, without what the run leaves out; raises DataError."""
-    if not config.data.skip_untrainable:
-        return read_whole(config, jsonl)
-    from rollstream.wiring.trainable import untrainable_ids
-
-    left_out = untrainable_ids(config, jsonl)
-    kept = [
-        sample for sample in read_whole(config, jsonl, passed_over={}) if sample.sample_id not in left_out
-    ]
-    if not kept:
-        raise DataError(f"{jsonl}: no sample is left; 'rollstream data check' says why")
-    return kept
 
 
 def read_whole(config: RunConfig, jsonl: str, *, passed_over: dict[str, str] | None = None) -> list[Sample]:

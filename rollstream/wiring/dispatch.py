@@ -13,6 +13,7 @@ from producers.dispatcher import Dispatcher, DispatcherSettings
 from producers.jobs import rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.wiring import access
+from rollstream.wiring.trainable import read_samples
 
 DEFAULT_REQUEST_SIZE: Final = 4
 
@@ -65,7 +66,7 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
             metrics,
             DispatcherSettings(
                 world_size=config.learner_world_size,
-                num_samples=len(access.read_samples(config, config.data.train_jsonl)),
+                num_samples=len(read_samples(config, config.data.train_jsonl)),
                 seed=config.run.seed,
                 request_size=size,
                 demand=demand_settings(config, size),

@@ -50,6 +50,7 @@ from learner.training_log import TrainingLog
 from rollstream.run_lock import StackLock
 from rollstream.wiring import access
 from rollstream.wiring.identity import read_identity
+from rollstream.wiring.trainable import read_samples
 from rollstream.wiring.vllm import rollout_chunk, server_sync
 
 LOG = logging.getLogger("rollstream.learner")
@@ -210,7 +211,7 @@ def channel_a_source(config: RunConfig, prompts: PromptBuilder, images: ImagePro
     """Return the ground-truth segments of A steps."""
     augment = config.data.augment
     return ChannelASource(
-        access.read_samples(config, config.data.train_jsonl),
+        read_samples(config, config.data.train_jsonl),
         prompts,
         images,
         ChannelASettings(

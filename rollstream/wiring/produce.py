@@ -16,6 +16,7 @@ from producers.producer import Producer, ProducerSettings
 from producers.rollout_backend import DecodingSettings, RolloutBackend
 from rollstream.wiring import access
 from rollstream.wiring.dispatch import lease_settings
+from rollstream.wiring.trainable import read_samples
 
 HUNG_STATUS: Final = 1
 
@@ -82,7 +83,7 @@ def run_producer(config: RunConfig, index: int) -> None:
         broker=broker,
         sink=SegmentSink(broker, sink_settings(config)),
         backend=rollout_backend(config, broker, index),
-        datasets={"train": access.read_samples(config, config.data.train_jsonl)},
+        datasets={"train": read_samples(config, config.data.train_jsonl)},
         metrics=metrics,
         settings=ProducerSettings(
             name=f"{config.run.name}-producer-{index}-{socket.gethostname()}-{os.getpid()}",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from broker_schemas.errors import DataError
+from broker_schemas.method.dataset import Sample
 from broker_schemas.method.image_grid import ImageGrid
 from broker_schemas.method.trainability import (
     REASONS,
@@ -104,6 +105,21 @@ def untrainable_ids(config: RunConfig, jsonl: str) -> frozenset[str]:
         return frozenset(written.get(jsonl, {}))
     report = examine_dataset(config, jsonl, sample_ruler(config))
     return frozenset(problem.sample_id for problem in report.problems)
+
+
+def read_samples(config: RunConfig, jsonl: str) -> list[Sample]:
+    """Return a data set in the run's object order, without what the run leaves out; raises DataError."""
+    if not config.data.skip_untrainable:
+        return access.read_whole(config, jsonl)
+    left_out = untrainable_ids(config, jsonl)
+    kept = [
+        sample
+        for sample in access.read_whole(config, jsonl, passed_over={})
+        if sample.sample_id not in left_out
+    ]
+    if not kept:
+        raise DataError(f"{jsonl}: no sample is left; 'rollstream data check' says why")
+    return kept
 
 
 def _reasons(problems: tuple[SampleProblem, ...]) -> str:

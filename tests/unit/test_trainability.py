@@ -22,7 +22,7 @@ from rollstream.commands.program import app
 from rollstream.doctor import examining as doctor
 from rollstream.models.shipped import SHIPPED_MODEL
 from rollstream.wiring import access
-from rollstream.wiring.trainable import find_untrainable, sample_ruler, write_untrainable
+from rollstream.wiring.trainable import find_untrainable, read_samples, sample_ruler, write_untrainable
 from tests.builders.configs import load_mapping, make_mapping, write_file
 from tests.builders.datasets import write_jsonl, write_picture
 
@@ -118,14 +118,14 @@ def test_left_out_they_are_written_down_and_no_role_sees_them(tmp_path: Path) ->
     train = config.data.train_jsonl
 
     # a role alone, on a machine without the run folder, finds them itself
-    assert [sample.sample_id for sample in access.read_samples(config, train)] == ["good"]
+    assert [sample.sample_id for sample in read_samples(config, train)] == ["good"]
     access.run_folder(config).path.mkdir(parents=True)
     write_untrainable(config, find_untrainable(config))
     written = json.loads(access.run_folder(config).untrainable.read_text())
     (tmp_path / "wrong.png").unlink()
 
     assert {name: entry["reason"] for name, entry in written[train].items()} == REASONS
-    assert [sample.sample_id for sample in access.read_samples(config, train)] == ["good"]
+    assert [sample.sample_id for sample in read_samples(config, train)] == ["good"]
 
 
 @pytest.mark.req("D-3", "U-2")
@@ -172,7 +172,7 @@ def test_lengths_are_those_of_the_segments_that_are_trained(tmp_path: Path) -> N
     images = access.image_processor(config, SHIPPED_MODEL, config.data.train_jsonl)
     ruler = sample_ruler(config)
 
-    for sample in access.read_samples(config, config.data.train_jsonl):
+    for sample in read_samples(config, config.data.train_jsonl):
         segment = build_segment(
             sample,
             sample.objects,
