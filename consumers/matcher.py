@@ -19,6 +19,7 @@ from broker_schemas.broker.group_reader import IDLE_MS
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.broker.policy import PublishedPolicy, read_policy
 from broker_schemas.broker.role_loop import keep_stepping
+from broker_schemas.broker.trouble_log import RoundCounts
 from broker_schemas.errors import BodyMissing, BrokerError, RecordError
 from broker_schemas.records import codec
 from broker_schemas.records.freshness import oldest_allowed
@@ -81,6 +82,7 @@ class Matcher:
         self._metrics = metrics
         self._settings = settings
         self._dump = dump
+        self._rejections = RoundCounts()
         self._outlived: set[bytes] = set()
         self._hands = ThreadPoolExecutor(max_workers=2, thread_name_prefix="matcher")
         self._ahead: list[RawEntry] = []
@@ -219,6 +221,8 @@ class Matcher:
         return MatchVerdict(entry=entry, outcome="matched", segment=outcome.segment)
 
     def _rejected(self, entry: RawEntry, reason: str, detail: str) -> MatchVerdict:
-        log.warning("matcher: record %s rejected (%s): %s", entry.record_id, reason, detail)
+        if number := self._rejections.due(reason):
+            named = f"matcher: record {entry.record_id} rejected ({reason})"
+            log.warning("%s: %s; %d of that kind since its start", named, detail, number)
         self._metrics.on_rejected(reason)
         return MatchVerdict(entry=entry, outcome="rejected", reason=reason, detail=detail)

@@ -47,7 +47,7 @@ class LearnerMetrics:
             "rollstream_learner_steps_total", "Optimizer steps trained", ["kind"], registry=registry
         )
         self._loss = Gauge(
-            "rollstream_learner_loss_ratio", "Loss of the last step", ["kind", "term"], registry=registry
+            "rollstream_learner_loss", "Loss of the last step", ["kind", "term"], registry=registry
         )
         self._segments = Counter(
             "rollstream_learner_segments_total", "Segments trained", ["kind"], registry=registry
@@ -101,17 +101,15 @@ class LearnerMetrics:
 
     def _declare_progress(self, registry: CollectorRegistry) -> None:
         self._grad_norm = Gauge(
-            "rollstream_learner_grad_norm_ratio", "Gradient norm before clipping", registry=registry
+            "rollstream_learner_grad_norm", "Gradient norm before clipping", registry=registry
         )
         self._learning_rate = Gauge(
-            "rollstream_learner_learning_rate_ratio", "Learning rate of the last step", registry=registry
+            "rollstream_learner_learning_rate", "Learning rate of the last step", registry=registry
         )
         self._policy_version = Gauge(
-            "rollstream_learner_policy_version_count", "Policy version last published", registry=registry
+            "rollstream_learner_policy_version", "Policy version last published", registry=registry
         )
-        self._evaluation = Gauge(
-            "rollstream_evaluation_ratio", "Last evaluation", ["metric"], registry=registry
-        )
+        self._evaluation = Gauge("rollstream_evaluation", "Last evaluation", ["metric"], registry=registry)
         self._checkpoint_step = Gauge(
             "rollstream_learner_checkpoint_steps",
             "Optimizer steps covered by a checkpoint",

@@ -5,9 +5,11 @@ Every call of the port may be repeated, so trying again is safe. It must not kno
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 
+from broker_schemas.broker.trouble_log import TroubleLog
 from broker_schemas.errors import BrokerFull, BrokerUnavailable, DeadlinePassed
 from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import MatchedSegment
@@ -15,6 +17,7 @@ from broker_schemas.records.run_status import RunStatus
 from learner.ports import FetchedPack, LearnerBroker
 from learner.stall_limits import StallLimits
 
+LOG: Final = logging.getLogger("rollstream.learner")
 ASK_AGAIN_S: Final = 0.2
 Answer = TypeVar("Answer")
 
@@ -41,6 +44,7 @@ class PatientBroker:
         self._clock = clock
         self._pause = pause
         self._is_stopping = is_stopping
+        self._trouble = TroubleLog(LOG, "broker", clock=clock)
 
     def claim_step(
         self, *, optimizer_step: int, scheduled_kind: Literal["A", "B"], policy_version: int
@@ -91,14 +95,18 @@ class PatientBroker:
         away_since = None
         while True:
             try:
-                return call()
+                answer = call()
             except (BrokerUnavailable, BrokerFull) as exc:
                 now = self._clock()
                 away_since = now if away_since is None else away_since
+                self._trouble.on_trouble(exc)
                 limits, is_stopping = self._limits, self._is_stopping()
                 limit_s = limits.broker_away_while_stopping_s if is_stopping else limits.broker_away_s
                 if now - away_since >= limit_s:
                     raise broker_away(exc, limit_s) from exc
+            else:
+                self._trouble.on_well()
+                return answer
             self._pause(ASK_AGAIN_S)
 
 

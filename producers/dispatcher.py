@@ -21,6 +21,7 @@ from broker_schemas.broker.rollout_requests import (
     say_demand_advice,
 )
 from broker_schemas.broker.status import RunStatus, read_status
+from broker_schemas.broker.trouble_log import RoundCounts
 from broker_schemas.records.records import NOT_STEP_BOUND
 from producers.demand import DemandSettings, decide_demand, requests_to_issue
 from producers.demand_tracking import DemandTracker
@@ -64,6 +65,7 @@ class Dispatcher:
         self._leases_checked_at_s = 0.0
         self._advice = ""
         self._failed_jobs: set[str] = set()
+        self._said = RoundCounts()
         self._on_their_way: set[str] = set()
 
     def loop(self, stop: threading.Event) -> None:
@@ -144,15 +146,17 @@ class Dispatcher:
         waiting = [item for item in due if item.waits]
         again = [item for item in due if not item.waits]
         for item in again:
-            log.warning(
-                "dispatcher: request %s was abandoned, attempt %d", item.request.request_id, item.attempt
-            )
+            self._say("was abandoned", item.request.request_id, f"attempt {item.attempt}")
         lost = self._lost(waiting) if waiting else []
         for item in lost:
-            log.warning("dispatcher: request %s waits without a job; enqueued again", item.request.request_id)
+            self._say("waits without a job", item.request.request_id, "enqueued again")
         for item in (*again, *lost):
             self._enqueue([item.request], attempt=item.attempt)
         self._metrics.on_reissued(len(again))
+
+    def _say(self, what: str, request_id: str, detail: str) -> None:
+        if number := self._said.due(what):
+            log.warning("dispatcher: request %s %s (%s); %d so far", *(request_id, what, detail, number))
 
     def _lost(self, waiting: Sequence[ReissuedRequest]) -> list[ReissuedRequest]:
         """Return the requests whose job is neither in the queue nor newly on its way to a worker."""
@@ -167,6 +171,6 @@ class Dispatcher:
         found = failed_requests(self._queue, self._failed_jobs)
         for request_id, job_id, reason in found:
             if fail_request(self._broker, request_id, reason="generation_failed", detail=reason):
-                log.error("dispatcher: request %s failed for good (job %s): %s", request_id, job_id, reason)
+                self._say("failed for good", request_id, f"job {job_id}: {reason}")
                 self._metrics.on_failed("generation_failed")
             self._failed_jobs.add(job_id)

@@ -32,7 +32,7 @@ class ProducerMetrics:
             registry=registry,
         )
         self._version = Gauge(
-            "rollstream_producer_policy_version_count", "Version of the weights in use.", registry=registry
+            "rollstream_producer_policy_version", "Version of the weights in use.", registry=registry
         )
         self._waits = Counter(
             "rollstream_producer_wait_seconds_total",
@@ -89,7 +89,7 @@ class DispatcherMetrics:
             registry=registry,
         )
         self._generation = Gauge(
-            "rollstream_generation_steps_count",
+            "rollstream_generation_steps",
             "Optimizer steps from a request to the claim that its rollouts are ready for, three of four.",
             registry=registry,
         )

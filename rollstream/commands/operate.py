@@ -11,7 +11,7 @@ from rich.console import Console
 
 from broker_schemas.errors import ConfigError
 from rollstream.commands.loading import load_run
-from rollstream.commands.options import AsJson, ConfigPath, Index, Overrides
+from rollstream.commands.options import AsJson, ConfigPath, Index, LogJson, Overrides
 
 if TYPE_CHECKING:
     from configs import RunConfig
@@ -36,6 +36,7 @@ def export(
     config: ConfigPath,
     overrides: Overrides = None,
     index: Index = 0,
+    log_json: LogJson = False,
 ) -> None:
     """Run the exporter: shows Prometheus what only the broker knows."""
     from rollstream.watch.export import run_exporter

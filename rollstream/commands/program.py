@@ -28,7 +28,7 @@ from rollstream.commands import sweep as cli_sweep
 from rollstream.commands import tracking as cli_tracking
 from rollstream.commands import vllm as cli_vllm
 from rollstream.commands.loading import load_run
-from rollstream.commands.options import ConfigPath, Index, Overrides
+from rollstream.commands.options import ConfigPath, Index, LogJson, Overrides
 
 if TYPE_CHECKING:
     from configs import RunConfig
@@ -97,7 +97,9 @@ def _load(path: Path, overrides: list[str] | None, role: str, index: int) -> Run
 
 
 @app.command()
-def dispatch(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -> None:
+def dispatch(
+    config: ConfigPath, overrides: Overrides = None, index: Index = 0, log_json: LogJson = False
+) -> None:
     """Run the dispatcher: turns demand into rollout jobs."""
     from rollstream.wiring.dispatch import run_dispatcher
 
@@ -105,7 +107,9 @@ def dispatch(config: ConfigPath, overrides: Overrides = None, index: Index = 0) 
 
 
 @app.command()
-def produce(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -> None:
+def produce(
+    config: ConfigPath, overrides: Overrides = None, index: Index = 0, log_json: LogJson = False
+) -> None:
     """Run one producer: an RQ worker that generates rollouts."""
     from rollstream.wiring.produce import run_producer
 
@@ -113,7 +117,9 @@ def produce(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -
 
 
 @app.command()
-def match(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -> None:
+def match(
+    config: ConfigPath, overrides: Overrides = None, index: Index = 0, log_json: LogJson = False
+) -> None:
     """Run one matcher: turns rollouts into training segments."""
     from rollstream.wiring.match import run_matcher
 
@@ -121,7 +127,9 @@ def match(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -> 
 
 
 @app.command()
-def pack(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -> None:
+def pack(
+    config: ConfigPath, overrides: Overrides = None, index: Index = 0, log_json: LogJson = False
+) -> None:
     """Run the packer: fills packs for the learner's ranks."""
     from rollstream.wiring.pack import run_packer
 
@@ -129,7 +137,9 @@ def pack(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -> N
 
 
 @app.command()
-def archive(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -> None:
+def archive(
+    config: ConfigPath, overrides: Overrides = None, index: Index = 0, log_json: LogJson = False
+) -> None:
     """Run the archive: keeps events and payloads in the run folder."""
     from rollstream.history.keep_archive import run_archive
 
@@ -137,7 +147,7 @@ def archive(config: ConfigPath, overrides: Overrides = None, index: Index = 0) -
 
 
 @app.command()
-def learn(config: ConfigPath, overrides: Overrides = None) -> None:
+def learn(config: ConfigPath, overrides: Overrides = None, log_json: LogJson = False) -> None:
     """Run the learner; with b_ratio 0 and no broker it is the warm start and needs nothing else."""
     from rollstream.stack.learning import learn_or_spawn
 

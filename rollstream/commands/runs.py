@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from rollstream.commands.loading import load_run
-from rollstream.commands.options import AsJson, ConfigPath, Overrides, RunPath
+from rollstream.commands.options import AsJson, ConfigPath, LogJson, Overrides, RunPath
 from rollstream.run_folder import RunFolder
 
 PIPED_COLUMNS = 160
@@ -36,6 +36,7 @@ def up(
     producers: Annotated[int | None, typer.Option(help="producer processes")] = None,
     matchers: Annotated[int | None, typer.Option(help="matcher processes")] = None,
     overrides: Overrides = None,
+    log_json: LogJson = False,
 ) -> None:
     """Run the whole stack on this machine; Ctrl-C stops all of it, the same command goes on with it."""
     from rollstream.models.run_model import make_described_model

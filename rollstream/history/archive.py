@@ -17,6 +17,7 @@ from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
 from broker_schemas.broker.event_log import follow_events
 from broker_schemas.broker.role_loop import keep_stepping
+from broker_schemas.broker.trouble_log import TroubleLog
 from broker_schemas.records.events import LogEvent
 from rollstream.history.archive_loss import find_loss, note_loss
 from rollstream.history.archive_metrics import ArchiveMetrics
@@ -46,6 +47,7 @@ class ArchiveWriter:
         self._metrics = metrics or ArchiveMetrics(CollectorRegistry())
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        self._disk = TroubleLog(log, "archive: free some space")
         self.cursor = last_archived(folder)
         self._noted = self.cursor
         self._events = FrameFile(folder / EVENTS_FILE)
@@ -66,8 +68,10 @@ class ArchiveWriter:
             self.step(block_ms=500)
         except OSError as exc:
             # nothing was appended, and the broker frees nothing that is not archived
-            log.error("archive: %s; free some space: trying again", exc)
+            self._disk.on_trouble(exc)
             stop.wait(DISK_PAUSE_S)
+        else:
+            self._disk.on_well()
 
     def step(self, *, block_ms: int) -> int:
         """Archive one batch; return its number of events. Raises BrokerError, RunStopped, OSError (full)."""

@@ -13,11 +13,12 @@ def run_archive(config: RunConfig, index: int) -> None:
     """Run until a signal, then archive to the end of the log."""
     stop = access.stop_on_signals()
     broker = access.open_broker(config)
-    metrics = ArchiveMetrics(access.start_metrics(config, "archive", index))
+    metrics = ArchiveMetrics(access.start_endpoint(config, "archive", index).registry)
     try:
         with holding(broker, "archive", on_loss=stop.set) as (held, lease):
             folder = access.run_folder(config).archive_dir
             writer = ArchiveWriter(held, folder, metrics, confirm=lease.keep)
+            access.say_ready(config, "archive", index, folder=folder, after=writer.cursor)
             try:
                 writer.loop(stop)
             finally:

@@ -9,7 +9,9 @@ ERROR_PREFIX: Final = "rollstream: "
 NUM_LAST_LINES: Final = 12
 _MOST_LINES: Final = 30
 # a logging line of ours, a warning of torchrun, or our launcher's last word
-_OTHER_LINE: Final = re.compile(r"\d{4}-\d\d-\d\d |[WEI]\d{4} |torchrun: |" + re.escape(ERROR_PREFIX))
+_OTHER_LINE: Final = re.compile(
+    r"\{\"time\": |\d{4}-\d\d-\d\d |[WEI]\d{4} |torchrun: |" + re.escape(ERROR_PREFIX)
+)
 
 
 def error_message(written: str) -> str:

@@ -35,7 +35,8 @@ def run_exporter(config: RunConfig, index: int) -> None:
     address = dataclasses.replace(access.broker_address(config), retries=0)
     client = open_redis(address, socket_timeout_s=SCRAPE_TIMEOUT_S)
     broker = Broker(client, RunKeys(config.run.name), address)
-    registry = access.start_metrics(config, "export", index)
+    registry = access.start_endpoint(config, "export", index).registry
     registry.register(RunCollector(broker, exporter_settings(config)))
+    access.say_ready(config, "export", index)
     stop.wait()
     broker.close()

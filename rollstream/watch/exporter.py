@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
 from broker_schemas.broker.status import read_status
+from broker_schemas.broker.trouble_log import TroubleLog
 from broker_schemas.errors import BrokerError
 from broker_schemas.records.reasons import DROP_REASONS, REJECTION_REASONS
 from rollstream.watch.broker_snapshot import BrokerSnapshot, read_snapshot
@@ -50,7 +51,7 @@ def families(
     snapshot: BrokerSnapshot | None, lag: VersionLag, settings: ExporterSettings
 ) -> Iterator[Metric]:
     """Yield every family; without a snapshot (the broker is away) only what needs none."""
-    up = GaugeMetricFamily("rollstream_broker_up_ratio", "1 while the broker answers, else 0.")
+    up = GaugeMetricFamily("rollstream_broker_up", "1 while the broker answers, else 0.")
     up.add_metric([], float(snapshot is not None))
     yield up
     budget = GaugeMetricFamily(
@@ -113,7 +114,7 @@ def _groups(snapshot: BrokerSnapshot) -> Iterator[Metric]:
         "rollstream_group_pending_records", "Entries handed to a consumer, not settled.", labels=["group"]
     )
     consumers = GaugeMetricFamily(
-        "rollstream_group_consumers_count", "Consumers heard of in the last minute.", labels=["group"]
+        "rollstream_group_consumers", "Consumers heard of in the last minute.", labels=["group"]
     )
     idle = GaugeMetricFamily(
         "rollstream_group_idle_seconds",
@@ -136,9 +137,7 @@ def _progress(snapshot: BrokerSnapshot, settings: ExporterSettings) -> Iterator[
     )
     in_flight.add_metric([], status.total("open_records"))
     yield in_flight
-    policy = GaugeMetricFamily(
-        "rollstream_policy_version_count", "Policy version in force, -1 before the first."
-    )
+    policy = GaugeMetricFamily("rollstream_policy_version", "Policy version in force, -1 before the first.")
     policy.add_metric([], status.policy_version)
     yield policy
     claims = GaugeMetricFamily("rollstream_open_claims_steps", "Steps claimed and not settled yet.")
@@ -214,6 +213,7 @@ class RunCollector(Collector):
         self._lag = VersionLag(-1)
         self._cursor = ""
         self._lock = threading.Lock()
+        self._trouble = TroubleLog(log, "exporter")
 
     def collect(self) -> Iterable[Metric]:
         """Return every family as of now."""
@@ -227,10 +227,12 @@ class RunCollector(Collector):
             for event in read_events(self._broker, self._cursor):
                 self._lag.fold(event)
                 self._cursor = event.event_id
-            return read_snapshot(self._broker, self._settings.world_size)
+            snapshot = read_snapshot(self._broker, self._settings.world_size)
         except BrokerError as exc:
-            log.warning("exporter: %s", exc)
+            self._trouble.on_trouble(exc)
             return None
+        self._trouble.on_well()
+        return snapshot
 
     def _begin(self) -> None:
         self._broker.make_groups()  # whoever comes first makes them; the exporter may

@@ -32,7 +32,7 @@ TRAINING_LOG: Final = {
     "rollstream_packed_segments_total": "packing/post_rollout_segments",
     "rollstream_packed_tokens_total": "packing/post_rollout_selected_total_len",
     "rollstream_pack_buffer_segments": "packing/post_rollout_buffer",
-    "rollstream_learner_loss_ratio": ", ".join(dict.fromkeys(LOSS_TERMS.values())),
+    "rollstream_learner_loss": ", ".join(dict.fromkeys(LOSS_TERMS.values())),
     "rollstream_learner_steps_total": "kind",
     "rollstream_learner_segments_total": "num_segments",
     "rollstream_learner_tokens_total": "num_tokens",
@@ -44,10 +44,10 @@ TRAINING_LOG: Final = {
     "rollstream_learner_claim_lag_versions": "lag_claimed_mean, lag_claimed_max",
     "rollstream_learner_pack_fill_ratio": "fill",
     "rollstream_learner_rollout_objects_total": "rollout/&lt;counter&gt;",
-    "rollstream_learner_grad_norm_ratio": "grad_norm",
-    "rollstream_learner_learning_rate_ratio": "learning_rate",
-    "rollstream_learner_policy_version_count": "policy_version",
-    "rollstream_evaluation_ratio": "the label's value",
+    "rollstream_learner_grad_norm": "grad_norm",
+    "rollstream_learner_learning_rate": "learning_rate",
+    "rollstream_learner_policy_version": "policy_version",
+    "rollstream_evaluation": "the label's value",
     "rollstream_learner_checkpoint_steps": "optimizer_step",
 }
 _HEAD: Final = """# Metrics
@@ -57,6 +57,10 @@ This page is written from the metrics themselves (`rollstream dashboards`); chan
 - `metrics.base_port` switches the endpoints on; a process listens on it plus its role's offset and index.
 - Offsets: {offsets}.
 - A learner has one endpoint a rank; its counts are those of all ranks, so take `max`, not `sum`, over ranks.
+- Every sample has the labels `run` and `role` of its process: scrape with `honor_labels`, however you like.
+- Every process also tells `process_*` and `rollstream_build_info`, 1 with its version.
+- `/healthz` answers while a process lives; `/targets` names the endpoints of all ranks of a host.
+- `/readyz` answers 200 once a process has what it needs (broker, model, policy), else 503 and what it lacks.
 - Counters of the exporter are sums of the run's log: they survive restarts of every role.
 - A histogram `x` has the series `x_bucket`, `x_sum` and `x_count`.
 

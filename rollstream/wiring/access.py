@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, start_http_server
-
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, check_server, check_takes_jobs, open_redis
 from broker_schemas.broker.run_identity import read_deciding
@@ -24,10 +22,13 @@ from broker_schemas.records.identity import refuse_another_past
 from configs import RunConfig
 from configs.deciding_values import split_values
 from rollstream.run_folder import RunFolder
+from rollstream.wiring.endpoint import Endpoint
+from rollstream.wiring.log_lines import LOG_JSON_VARIABLE, JsonLines
 
 if TYPE_CHECKING:
     import redis
 
+log = logging.getLogger("rollstream.wiring")
 # a process listens on base_port + its role's offset + its index
 PORT_OFFSETS: Final = {
     "learn": 0,
@@ -153,20 +154,25 @@ def read_whole(config: RunConfig, jsonl: str, *, passed_over: dict[str, str] | N
     )
 
 
-def start_metrics(config: RunConfig, role: str, index: int) -> CollectorRegistry:
-    """Return a fresh registry, served at its port unless metrics are off; raises ConfigError."""
-    registry = CollectorRegistry()
-    if config.metrics.base_port == 0:
-        return registry
-    port = config.metrics.base_port + PORT_OFFSETS[role] + index
-    try:
-        start_http_server(port, addr=config.metrics.host, registry=registry)
-    except OSError as exc:
-        raise ConfigError(
-            f"metrics of {role} {index}: port {port} on {config.metrics.host} cannot be used "
-            f"({exc.strerror}); set metrics.base_port to another port, or to 0 for no endpoints"
-        ) from exc
-    return registry
+def start_endpoint(config: RunConfig, role: str, index: int) -> Endpoint:
+    """Return the metrics and the health of a process, served at its port unless metrics are off.
+
+    Raises ConfigError.
+    """
+    base_port = config.metrics.base_port
+    return Endpoint.start(config, role, index, base_port and base_port + PORT_OFFSETS[role] + index)
+
+
+def say_ready(config: RunConfig, role: str, index: int, **facts: object) -> None:
+    """Log that a role begins its work: its run, where broker and endpoint are, and what it says of itself."""
+    base_port = config.metrics.base_port
+    port = base_port + PORT_OFFSETS[role] + index
+    told = {
+        "broker": BrokerAddress(url=config.broker.url).shown if config.broker.url else "none",
+        "endpoint": f"http://{config.metrics.host}:{port}" if base_port else "none",
+        **facts,
+    }
+    log.info("ready: %s", ", ".join(f"{name} {value}" for name, value in told.items()))
 
 
 def stop_on_signals() -> threading.Event:
@@ -178,11 +184,13 @@ def stop_on_signals() -> threading.Event:
 
 
 def log_to_stderr(run: str, role: str, index: int) -> None:
-    """Send log lines to standard error, each with run and role."""
+    """Send log lines to standard error, each with run and role: text, or JSON where that is asked for."""
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s %(levelname)s run={run} role={role}-{index} %(message)s",
         force=True,
     )
+    if os.environ.get(LOG_JSON_VARIABLE):
+        logging.getLogger().handlers[0].setFormatter(JsonLines(run=run, role=f"{role}-{index}"))
     for noisy in ("httpx", "urllib3", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -54,7 +54,7 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
     """Run until a signal; a run without B steps has nothing to dispatch and waits."""
     stop = access.stop_on_signals()
     broker = access.open_broker(config)
-    metrics = DispatcherMetrics(access.start_metrics(config, "dispatch", index))
+    metrics = DispatcherMetrics(access.start_endpoint(config, "dispatch", index).registry)
     if config.b_ratio == 0:
         stop.wait()
         return
@@ -76,5 +76,6 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
                 job_timeout_s=config.producers.job_timeout_s,
             ),
         )
+        access.say_ready(config, "dispatch", index, request_size=size)
         dispatcher.loop(stop)
     broker.close()

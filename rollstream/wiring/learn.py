@@ -350,7 +350,7 @@ def build_parts(
     on_step: Callable[[LogRow], None] | None,
 ) -> tuple[LearnerParts, LearnerSettings]:
     """Return everything that the loop of one rank joins."""
-    folder = access.model_dir(config)
+    folder, endpoint = access.model_dir(config), access.start_endpoint(config, "learn", ranks.rank)
     prompts = access.prompt_builder(config, folder)
     images = access.image_processor(config, folder, config.data.train_jsonl)
     compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -373,7 +373,7 @@ def build_parts(
             collation=collation_settings(config, prompts, images),
             positions_of=position_rule_of(model),
         ),
-        metrics=LearnerMetrics(access.start_metrics(config, "learn", ranks.rank)),
+        metrics=LearnerMetrics(endpoint.registry),
         stop=stop,
         log=TrainingLog(run.train_log) if first else None,
         evaluation_log=TrainingLog(run.evaluation_log) if first else None,
@@ -381,4 +381,6 @@ def build_parts(
         sync_servers=server_sync(config, ranks.device) if first else None,
         on_step=on_step or (lambda row: None),
     )
+    endpoint.reached("model")
+    access.say_ready(config, "learn", ranks.rank, model=folder, checkpoint=run.latest_checkpoint() or "none")
     return parts, settings

@@ -53,6 +53,7 @@ def image_check(config: RunConfig, folder: Path) -> ImageCheck:
 def run_matcher(config: RunConfig, index: int) -> None:
     """Run until a signal."""
     stop = access.stop_on_signals()
+    endpoint = access.start_endpoint(config, "match", index)
     broker = access.open_broker(config)
     method, is_async = config.rollout_matching, config.variant == "stage2_async"
     dump = None
@@ -64,12 +65,14 @@ def run_matcher(config: RunConfig, index: int) -> None:
         # replicas of a scaled service share the index; the name must stay over a restart, for what it held
         MatcherDoor(broker, f"matcher-{index}-{socket.gethostname()}"),
         replace(matcher_tools(config, folder), images=image_check(config, folder)),
-        MatcherMetrics(access.start_metrics(config, "match", index)),
+        MatcherMetrics(endpoint.registry),
         MatcherSettings(
             batch_size=config.matchers.batch_size,
             version_window=config.stage2_async.version_window if is_async else None,
         ),
         dump,
     )
+    endpoint.reached("model")
+    access.say_ready(config, "match", index, tokenizer=folder)
     matcher.loop(stop)
     broker.close()

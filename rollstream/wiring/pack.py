@@ -93,7 +93,8 @@ def run_packer(config: RunConfig, index: int) -> None:
     """Run until a signal."""
     stop = access.stop_on_signals()
     broker = access.open_broker(config)
-    metrics = PackerMetrics(access.start_metrics(config, "pack", index))
+    metrics = PackerMetrics(access.start_endpoint(config, "pack", index).registry)
     with holding(broker, "packer", on_loss=stop.set) as (held, _):
+        access.say_ready(config, "pack", index, selector=config.training.packing_selector)
         build_packer(config, PackerDoor(held), metrics).loop(stop)
     broker.close()

@@ -7,6 +7,7 @@ import socket
 from typing import Final
 
 from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.policy import read_policy
 from broker_schemas.client import SegmentSink, SinkSettings
 from configs import RunConfig
 from producers.broken_jobs import BrokenJobs
@@ -77,8 +78,9 @@ def leave_hung_process() -> None:
 
 def run_producer(config: RunConfig, index: int) -> None:
     """Run jobs until a signal; RQ finishes the job in hand first."""
+    endpoint = access.start_endpoint(config, "produce", index)
     broker = access.open_broker(config)
-    metrics = ProducerMetrics(access.start_metrics(config, "produce", index))
+    metrics = ProducerMetrics(endpoint.registry)
     producer = Producer(
         broker=broker,
         sink=SegmentSink(broker, sink_settings(config)),
@@ -94,5 +96,14 @@ def run_producer(config: RunConfig, index: int) -> None:
         leave=leave_hung_process,
     )
     jobs = access.open_jobs(config, broker)
+    endpoint.reached("model")
+    policy = read_policy(broker)
+    access.say_ready(
+        config,
+        "produce",
+        index,
+        backend=config.rollout_matching.rollout_backend,
+        policy=f"v{policy.policy_version}" if policy is not None else "none published yet",
+    )
     RolloutWorker.work_for(producer, jobs, broker.keys.rollout_queue, BrokenJobs(metrics))
     broker.close()

@@ -42,7 +42,7 @@ def with_defaults(text: str) -> str:
 
 @pytest.mark.req("O-1")
 def test_every_service_of_the_stack_is_there() -> None:
-    wanted = {"redis", "init", *ROLES, "prometheus", "grafana"}
+    wanted = {"redis", "init", *ROLES, "prometheus", "alertmanager", "grafana"}
     assert set(SERVICES) == {*wanted, "vllm"}
     assert SERVICES["vllm"]["profiles"] == ["vllm"]
     assert not any("profiles" in SERVICES[name] for name in wanted)
@@ -70,12 +70,13 @@ def test_a_roles_health_is_its_own_endpoint_and_prometheus_finds_it(name: str) -
     scrapes = yaml.safe_load((ROOT / "grafana/prometheus/prometheus.yml").read_text("utf-8"))
     (job,) = (job for job in scrapes["scrape_configs"] if job["job_name"] == name)
     # then
-    assert f"http://127.0.0.1:{port}/metrics" in SERVICES[name]["healthcheck"]["test"][-1]
-    assert all(found["names"] == [name] for found in job["dns_sd_configs"])
-    num_ports = config.learner_world_size if name == "learner" else 1
-    assert [found["port"] for found in job["dns_sd_configs"]] == list(range(port, port + num_ports))
-    labels = {item["target_label"]: item["replacement"] for item in job["relabel_configs"]}
-    assert labels == {"role": name, "run": config.run.name}
+    assert f"http://127.0.0.1:{port}/readyz" in SERVICES[name]["healthcheck"]["test"][-1]
+    if name == "learner":  # any number of ranks: the first of them names all
+        assert [found["url"] for found in job["http_sd_configs"]] == [f"http://learner:{port}/targets"]
+    else:
+        assert [(found["names"], found["port"]) for found in job["dns_sd_configs"]] == [([name], port)]
+    assert job["honor_labels"], "else Prometheus renames the run and role that a process says of itself"
+    assert "relabel_configs" not in job, "a run of any name is scraped"
     assert config.metrics.host == "0.0.0.0", "else nobody outside the container reaches it"
 
 
@@ -121,6 +122,7 @@ def test_only_the_pages_are_published_and_only_to_this_machine() -> None:
     assert {name: with_defaults(ports[0]) for name, ports in published.items()} == {
         "grafana": "127.0.0.1:3000:3000",
         "prometheus": "127.0.0.1:9090:9090",
+        "alertmanager": "127.0.0.1:9093:9093",
     }
 
 

@@ -33,7 +33,8 @@ PROMETHEUS = ROOT / "grafana" / "prometheus"
 # an annotation's title, which the Prometheus data source reads and the schema leaves to it
 KNOWN_TO_GRAFANA_ALONE = ["/annotations/list/0/titleFormat"]
 MISSING = object()
-PROVIDED_BY_PROMETHEUS = {"up", "ALERTS"}
+# of every process, beside what its role declares
+PROVIDED_BY_PROMETHEUS = {"up", "ALERTS", "rollstream_build_info"}
 
 
 PROGRAM = typer.main.get_command(app)

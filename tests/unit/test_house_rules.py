@@ -87,7 +87,8 @@ POSSESSIVE: Final = re.compile(r"[])\w][*+?]\+|\}\+|\(\?>")
 METRICS: Final = {"Counter", "Gauge", "Histogram", "Summary", "Info", "Enum"}
 METRIC_UNITS: Final = (
     *("total", "seconds", "bytes", "ratio", "tokens", "segments", "packs", "steps", "versions", "rollouts"),
-    *("records", "requests", "ranks", "count", "info"),
+    *("records", "requests", "ranks", "info", "up", "consumers", "version", "jobs", "producers"),
+    *("loss", "norm", "rate", "evaluation"),  # things without a unit are named after what they are
 )
 
 

@@ -186,10 +186,10 @@ def test_metrics_count_steps_skips_objects_lag_and_time() -> None:
     assert sample(registry, "rollstream_learner_b_step_ratio") == 0.25
     assert sample(registry, "rollstream_learner_wait_seconds_total") == 2.0
     assert sample(registry, "rollstream_learner_busy_seconds_total") == 4.0
-    assert sample(registry, "rollstream_learner_policy_version_count") == 5
+    assert sample(registry, "rollstream_learner_policy_version") == 5
     assert sample(registry, "rollstream_learner_checkpoint_steps") == 8
-    assert sample(registry, "rollstream_evaluation_ratio", metric="eval_rollout_f1") == 0.75
-    assert sample(registry, "rollstream_learner_loss_ratio", kind="B", term="total") == pytest.approx(2.0)
+    assert sample(registry, "rollstream_evaluation", metric="eval_rollout_f1") == 0.75
+    assert sample(registry, "rollstream_learner_loss", kind="B", term="total") == pytest.approx(2.0)
 
 
 def test_counters_are_there_before_the_first_step() -> None:

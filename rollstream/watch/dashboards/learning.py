@@ -9,7 +9,7 @@ from rollstream.watch.dashboards.queries import mean, rank_rate, series, sum_rat
 
 
 def _loss(*matchers: str, by: str) -> str:
-    return f"max by ({by}) ({series('rollstream_learner_loss_ratio', *matchers)})"
+    return f"max by ({by}) ({series('rollstream_learner_loss', *matchers)})"
 
 
 _LOSSES = Row(
@@ -37,13 +37,13 @@ _LOSSES = Row(
             title="Gradient norm",
             meaning="Before clipping.",
             unit="none",
-            queries=(Query(f"max({series('rollstream_learner_grad_norm_ratio')})", "norm"),),
+            queries=(Query(f"max({series('rollstream_learner_grad_norm')})", "norm"),),
         ),
         Panel(
             title="Learning rate",
             meaning="Of the last step.",
             unit="none",
-            queries=(Query(f"max({series('rollstream_learner_learning_rate_ratio')})", "rate"),),
+            queries=(Query(f"max({series('rollstream_learner_learning_rate')})", "rate"),),
         ),
         Panel(
             title="Evaluation",
@@ -53,7 +53,7 @@ _LOSSES = Row(
                 Query(
                     "max by (metric) ("
                     + series(
-                        "rollstream_evaluation_ratio",
+                        "rollstream_evaluation",
                         'metric=~"eval_rollout_(f1|f1_50|f1_class_50|label_accuracy|map_50|map)"',
                     )
                     + ")",
@@ -101,7 +101,7 @@ _STEPS = Row(
             title="Published and saved",
             meaning="Policy version published, and steps that a checkpoint covers.",
             queries=(
-                Query(f"max({series('rollstream_learner_policy_version_count')})", "policy version"),
+                Query(f"max({series('rollstream_learner_policy_version')})", "policy version"),
                 Query(f"max({series('rollstream_learner_checkpoint_steps')})", "steps in checkpoint"),
             ),
         ),

@@ -7,6 +7,7 @@ from typing import Final
 from rollstream.watch.dashboards.panels import Dashboard, Panel, Query, Row
 from rollstream.watch.dashboards.queries import mean, quantile, rank_rate, rate, series, sum_rate
 
+_BAD_BELOW_ONE: Final = ((None, "red"), (1.0, "green"))
 _BAD_AT_ZERO: Final = ((None, "red"), (1.0, "green"))
 _BAD_ABOVE_ZERO: Final = ((None, "green"), (1.0, "red"))
 
@@ -29,7 +30,7 @@ _HEALTH = Row(
             width=3,
             height=4,
             steps=_BAD_AT_ZERO,
-            queries=(Query(f"min({series('rollstream_broker_up_ratio')})"),),
+            queries=(Query(f"min({series('rollstream_broker_up')})"),),
         ),
         Panel(
             title="Producers",
@@ -47,17 +48,21 @@ _HEALTH = Row(
             width=3,
             height=4,
             steps=_BAD_AT_ZERO,
-            queries=(Query(series("rollstream_group_consumers_count", 'group="matcher"')),),
+            queries=(Query(series("rollstream_group_consumers", 'group="matcher"')),),
         ),
         Panel(
-            title="Ranks up, of",
-            meaning="Learner ranks that answer, and how many should; 0 once all steps are done.",
+            title="Ranks up",
+            meaning="Learner ranks that answer, of those that should; nothing once all steps are done.",
             kind="stat",
+            unit="percentunit",
             width=3,
             height=4,
+            steps=_BAD_BELOW_ONE,
             queries=(
-                Query(series("rollstream:ranks_up:sum"), "up"),
-                Query(series("rollstream:expected_ranks:max"), "of"),
+                Query(
+                    f"{series('rollstream:ranks_up:sum')} / on (run) "
+                    f"({series('rollstream:expected_ranks:max')} > 0)"
+                ),
             ),
         ),
         Panel(
@@ -74,7 +79,7 @@ _HEALTH = Row(
             kind="stat",
             width=3,
             height=4,
-            queries=(Query(f"max({series('rollstream_policy_version_count')})"),),
+            queries=(Query(f"max({series('rollstream_policy_version')})"),),
         ),
         Panel(
             title="F1",
@@ -83,9 +88,7 @@ _HEALTH = Row(
             unit="percentunit",
             width=3,
             height=4,
-            queries=(
-                Query("max(" + series("rollstream_evaluation_ratio", 'metric="eval_rollout_f1"') + ")"),
-            ),
+            queries=(Query("max(" + series("rollstream_evaluation", 'metric="eval_rollout_f1"') + ")"),),
         ),
     ),
 )

@@ -154,7 +154,7 @@ _VARIABLES: Final[list[Json]] = [
         "label": "Run",
         "type": "query",
         "datasource": DATASOURCE,
-        "query": {"query": "label_values(rollstream_broker_up_ratio, run)", "refId": "run"},
+        "query": {"query": "label_values(rollstream_broker_up, run)", "refId": "run"},
         "refresh": 2,
         "sort": 1,
     },

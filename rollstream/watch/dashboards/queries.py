@@ -28,10 +28,13 @@ def rank_rate(name: str, *matchers: str, by: str = "") -> str:
 
 
 def mean(name: str, *matchers: str, by: str = "", over: str = "sum") -> str:
-    """Return the mean of a histogram in the range; 0 where nothing was observed. ``over`` joins processes."""
+    """Return the mean of a histogram in the range, none where nothing was observed.
+
+    ``over`` joins processes.
+    """
     grouped = f"{over} by ({by}) " if by else f"{over} "
     top, bottom = rate(f"{name}_sum", *matchers), rate(f"{name}_count", *matchers)
-    return f"{grouped}({top}) / clamp_min({grouped}({bottom}), 1e-9)"
+    return f"{grouped}({top}) / ({grouped}({bottom}) > 0)"
 
 
 def quantile(share: float, name: str, *matchers: str, by: str = "") -> str:

@@ -37,7 +37,7 @@ _DEPTH = Row(
         Panel(
             title="Steps from request to claim",
             meaning="Optimizer steps until a rollout is ready for a claim; demand reckons with it.",
-            queries=(Query(series("rollstream_generation_steps_count"), "generation"),),
+            queries=(Query(series("rollstream_generation_steps"), "generation"),),
         ),
         Panel(
             title="Open claims and packer's buffer",
@@ -81,9 +81,9 @@ _LAG = Row(
             title="Policy versions",
             meaning="In force, and the newest that producers use.",
             queries=(
-                Query(series("rollstream_policy_version_count"), "in force"),
-                Query(f"max({series('rollstream_producer_policy_version_count')})", "newest in use"),
-                Query(f"min({series('rollstream_producer_policy_version_count')})", "oldest in use"),
+                Query(series("rollstream_policy_version"), "in force"),
+                Query(f"max({series('rollstream_producer_policy_version')})", "newest in use"),
+                Query(f"min({series('rollstream_producer_policy_version')})", "oldest in use"),
             ),
         ),
     ),
