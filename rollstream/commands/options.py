@@ -18,6 +18,11 @@ def _ask_for_json_lines(is_asked: bool) -> bool:
 
 ConfigPath = Annotated[Path, typer.Argument(help="the run's YAML file")]
 RunPath = Annotated[Path, typer.Argument(help="folder of the run, runs/<name>")]
+WatchedPath = Annotated[Path, typer.Argument(help="folder of the run, runs/<name>, or its YAML file")]
+BrokerUrl = Annotated[
+    str | None,
+    typer.Option("--broker", help="the run's broker, redis://host:port/0, where the file says another"),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override a key: a.b.c=value; may be given again")
 ]

@@ -12,7 +12,15 @@ import typer
 from rich.console import Console
 
 from rollstream.commands.loading import load_run
-from rollstream.commands.options import AsJson, ConfigPath, LogJson, Overrides, RunPath
+from rollstream.commands.options import (
+    AsJson,
+    BrokerUrl,
+    ConfigPath,
+    LogJson,
+    Overrides,
+    RunPath,
+    WatchedPath,
+)
 from rollstream.run_folder import RunFolder
 
 PIPED_COLUMNS = 160
@@ -166,27 +174,34 @@ def down(run: RunPath) -> None:
 
 
 def top(
-    run: RunPath,
+    run: WatchedPath,
+    broker: BrokerUrl = None,
     once: Annotated[bool, typer.Option(help="print one picture and end")] = False,
 ) -> None:
     """Watch a run: depths, lag, rates, who waits on whom; q or Ctrl-C ends it."""
     from rollstream.watch.live_screen import watch
-    from rollstream.watch.live_table import LiveView
+    from rollstream.watch.watched_run import find_run
+    from rollstream.watch.watching import live_view
 
-    view = LiveView(RunFolder.existing(run))
     console = Console()
-    if once or not console.is_terminal:
-        console.print(view.render(int(time.time() * 1000)))
-        return
-    watch(console, lambda: view.render(int(time.time() * 1000)))
+    with live_view(find_run(run, broker)) as view:
+        if once or not console.is_terminal:
+            console.print(view.render(int(time.time() * 1000)))
+            return
+        watch(console, lambda: view.render(int(time.time() * 1000)))
 
 
-def report(run: RunPath) -> None:
+def report(run: WatchedPath, broker: BrokerUrl = None) -> None:
     """Write the report of a run as one HTML page and show its numbers."""
     from rollstream.show.report import build_report, render_terminal, write_report
+    from rollstream.watch.watched_run import find_run
 
-    folder = RunFolder.existing(run)
-    path = write_report(folder)
+    watched = find_run(run, broker)
+    folder, logged = watched.folder, watched.logged()
     console = Console()
-    console.print(render_terminal(build_report(folder)))
+    if logged.trouble:
+        console.print(f"the broker does not answer: {logged.trouble}", style="bold red", markup=False)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    path = write_report(folder, logged)
+    console.print(render_terminal(build_report(folder, logged)))
     console.print(f"report: {path.resolve()}; open it in a browser", markup=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from broker_schemas.broker.keys import RunKeys
 from broker_schemas.records.identity import RunIdentity
 from configs import RunConfig, load_config
 from rollstream.run_lock import StackLock
-from rollstream.stack.monitor import BrokerWatch, Monitor
+from rollstream.stack.monitor import Monitor
 from rollstream.stack.plan import (
     BROKER,
     LEARNER,
@@ -39,6 +39,7 @@ from rollstream.stack.stop_signals import StopSignals
 from rollstream.stack.supervisor import Member, StackResult, Supervisor
 from rollstream.stack.view import StackView
 from rollstream.staged_folder import write_atomically
+from rollstream.watch.broker_watch import BrokerWatch
 from rollstream.wiring import access
 from rollstream.wiring.identity import adopt_on_broker, settle_identity
 from rollstream.wiring.trainable import describe_untrainable, write_untrainable

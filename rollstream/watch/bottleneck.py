@@ -24,10 +24,17 @@ def bottleneck(
     """
     if not sample and not steps:
         return "nothing to see yet: no sample and no step is written"
+    if is_silent(sample):
+        return "the broker does not answer: nobody can go on for long"
     broken = broken_roles(sample)
     if broken:
         return f"{', '.join(broken)}: what comes after waits"
     return _queue_state(sample, steps[-NUM_RECENT_STEPS:], queue_limit)
+
+
+def is_silent(sample: Mapping[str, Any]) -> bool:
+    """Return whether a sample was taken while the broker did not answer: it has a time and no depths."""
+    return bool(sample) and "ready_depth" not in sample
 
 
 def broken_roles(sample: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """The live view of a run, for ``rollstream up`` and ``rollstream top``: what happens, and who waits for whom.
 
-Reads only what was appended to the run folder since the last call; the time is passed in.
+Reads only what is new since the last call, from the run folder or its broker; the time is passed in.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -34,14 +35,15 @@ from rollstream.watch.bottleneck import (
     NUM_RECENT_STEPS,
     bottleneck,
     broken_roles,
-    depths,
+    is_silent,
     roles,
     wait_share,
 )
+from rollstream.watch.fitted import FittedSteps, PairsTable, flow_table
 
-NUM_SHOWN_STEPS: Final = 6
 SILENT_AFTER_MS: Final = 6_000
-_NUM_KEPT: Final = 60
+_NUM_KEPT_SAMPLES: Final = 60
+_NUM_KEPT_STEPS: Final = 200
 
 __all__ = ["LiveView", "ViewSettings", "bottleneck", "render_live"]
 
@@ -56,28 +58,66 @@ class ViewSettings:
     queue_limit: int | None = None
 
 
-class LiveView:
-    """Follows one run folder; ``render`` may be called as often as one likes."""
+class RowSource(Protocol):
+    """Where new rows come from: a file that grows, a broker, a log that is read once."""
 
-    def __init__(self, run_folder: RunFolder) -> None:
+    def read_new(self) -> list[Row]:
+        """Return the rows since the last call, oldest first."""
+
+
+class StepSource:
+    """The steps: from the training log where the run folder is at hand, else from the broker's log."""
+
+    def __init__(self, train_log: Path, otherwise: RowSource) -> None:
+        self._train_log = train_log
+        self._file = JsonLinesReader(train_log)
+        self._otherwise = otherwise
+
+    def read_new(self) -> list[Row]:
+        found = self._otherwise.read_new()
+        return self._file.read_new() if self._train_log.exists() else found
+
+
+class LiveView:
+    """Follows one run; ``render`` may be called as often as one likes.
+
+    ``samples`` and ``steps`` come from the run folder where nothing else is given; ``is_over``: no stack
+    runs, and what is shown is what it left behind.
+    """
+
+    def __init__(
+        self,
+        run_folder: RunFolder,
+        *,
+        samples: RowSource | None = None,
+        steps: RowSource | None = None,
+        settings: ViewSettings | None = None,
+        is_over: bool = False,
+    ) -> None:
         self._folder = run_folder
-        self._settings: ViewSettings | None = None
-        self._sample_lines = JsonLinesReader(run_folder.stack_samples)
-        self._step_lines = JsonLinesReader(run_folder.train_log)
-        self._samples: deque[Row] = deque(maxlen=_NUM_KEPT)
+        self._settings = settings
+        self._is_over = is_over
+        self._sample_lines = samples or JsonLinesReader(run_folder.stack_samples)
+        self._step_lines = steps or JsonLinesReader(run_folder.train_log)
+        self._samples: deque[Row] = deque(maxlen=_NUM_KEPT_SAMPLES)
         self._steps: list[Row] = []
         self._first_ms: float | None = None
 
     def render(self, now_ms: int) -> RenderableType:
-        """Return the view at ``now_ms`` (the clock of the samples), readable at 80 columns."""
+        """Return the view at ``now_ms`` (the clock of the samples), readable at 40 columns and more."""
         new_samples, new_steps = self._sample_lines.read_new(), self._step_lines.read_new()
         self._samples.extend(new_samples)
-        self._steps = latest_steps([*self._steps, *new_steps])[-_NUM_KEPT:]
+        self._steps = latest_steps([*self._steps, *new_steps])[-_NUM_KEPT_STEPS:]
         if self._first_ms is None:
             times = [number(row, "time_ms") for row in (*new_samples, *new_steps)]
             self._first_ms = min((time_ms for time_ms in times if time_ms is not None), default=None)
         return render_live(
-            list(self._samples), self._steps, self._known_settings(), now_ms=now_ms, first_ms=self._first_ms
+            list(self._samples),
+            self._steps,
+            self._known_settings(),
+            now_ms=now_ms,
+            first_ms=self._first_ms,
+            is_over=self._is_over,
         )
 
     def _known_settings(self) -> ViewSettings:
@@ -106,25 +146,25 @@ def render_live(
     *,
     now_ms: int,
     first_ms: float | None = None,
+    is_over: bool = False,
 ) -> RenderableType:
     """Return the view of the last samples and steps (both in order, both may be empty)."""
     sample = samples[-1] if samples else {}
     parts: list[RenderableType] = [
         _progress(sample, steps, settings),
-        _who_waits(sample, steps, settings, now_ms),
+        _over(sample, now_ms) if is_over else _who_waits(samples, steps, settings, now_ms),
         *_advice(sample),
-        _flow(sample, settings),
+        flow_table(sample, settings.queue_limit),
         _numbers(samples, steps),
         _losses(sample),
         _role_line(sample),
-        _decisions(steps),
     ]
     title = " · ".join(
         part for part in (one_line(settings.run_name, 30), one_line(settings.variant, 24)) if part
     )
     elapsed = "" if first_ms is None else duration(max(_seen_until(sample, now_ms) - first_ms, 0) / 1000)
     return Panel(
-        Group(*parts),
+        FittedSteps(parts, steps),
         title=Text(f"rollstream · {title}", style="bold"),
         title_align="left",
         subtitle=Text(elapsed, style="dim"),
@@ -163,43 +203,45 @@ def _steps_done(sample: Row, last: Row) -> int:
     return max((logged + 1) if logged is not None else 0, count(sample, "optimizer_step") or 0)
 
 
-def _who_waits(sample: Row, steps: Sequence[Row], settings: ViewSettings, now_ms: int) -> RenderableType:
+def _over(sample: Row, now_ms: int) -> RenderableType:
+    time_ms = number(sample, "time_ms")
+    if time_ms is None:
+        return Text("■ no stack runs, and it left no log that could be read", style="bold yellow")
+    return Text(
+        f"■ no stack runs; so it stood {duration((now_ms - time_ms) / 1000)} ago", style="bold yellow"
+    )
+
+
+def _who_waits(
+    samples: Sequence[Row], steps: Sequence[Row], settings: ViewSettings, now_ms: int
+) -> RenderableType:
+    sample = samples[-1] if samples else {}
     time_ms = number(sample, "time_ms")
     if time_ms is not None and now_ms - time_ms > SILENT_AFTER_MS:
         silent = duration((now_ms - time_ms) / 1000)
         return Text(
             f"▲ no sample for {silent}: the stack is stopped or its monitor hangs", style="bold yellow"
         )
+    if is_silent(sample):
+        return Text(_silence(samples, now_ms), style="bold red")
     said = bottleneck(sample, steps, queue_limit=settings.queue_limit)
     calm = said.startswith(("nobody", "nothing", "producers wait"))
     style = "bold red" if broken_roles(sample) else "green" if calm else "yellow"
     return Text(f"▶ {said}", style=style)
 
 
+def _silence(samples: Sequence[Row], now_ms: int) -> str:
+    """Say that the broker does not answer, for how long, and what is wrong where the sample tells it."""
+    heard = [time_ms for row in samples if not is_silent(row) if (time_ms := number(row, "time_ms"))]
+    since = f" for {duration((now_ms - heard[-1]) / 1000)}" if heard else ""
+    trouble = one_line(str(samples[-1].get("broker_trouble", "")), 120)
+    return f"▲ the broker does not answer{since}" + (f": {trouble}" if trouble else "")
+
+
 def _advice(sample: Row) -> list[RenderableType]:
     """Show what the dispatcher says where no demand could serve the B steps fresh."""
     said = sample.get("demand_advice")
     return [Text(f"▲ {one_line(said, 400)}", style="yellow")] if isinstance(said, str) and said else []
-
-
-def _flow(sample: Row, settings: ViewSettings) -> RenderableType:
-    """Show the way of the rollouts: where how many of them are."""
-    per_rank = depths(sample)
-    limit = f" (limit {settings.queue_limit})" if settings.queue_limit is not None and per_rank else ""
-    ready = " ".join(str(depth) for depth in per_rank) or NOT_WRITTEN
-    table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1), show_edge=False)
-    columns = (
-        ("asked for", _shown(sample, "requested")),
-        ("in flight", _shown(sample, "in_flight")),
-        ("to match", _shown(sample, "segments_waiting")),
-        ("to pack", _shown(sample, "matched_waiting")),
-        ("ready per rank", f"{ready}{limit}"),
-        ("trained", _shown(sample, "trained_segments")),
-    )
-    for title, _ in columns:
-        table.add_column(Text(title), justify="center", header_style="dim", no_wrap=True)
-    table.add_row(*(Text(value, style="bold") for _, value in columns))
-    return table
 
 
 def _numbers(samples: Sequence[Row], steps: Sequence[Row]) -> RenderableType:
@@ -228,13 +270,7 @@ def _numbers(samples: Sequence[Row], steps: Sequence[Row]) -> RenderableType:
             rate(total(recent, "num_tokens") / timed if timed > 0 else None),
         ),
     )
-    table = Table.grid(padding=(0, 2), expand=True)
-    for _ in range(2):
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column(no_wrap=True, ratio=1)
-    for row in cells:
-        table.add_row(*row)
-    return table
+    return PairsTable(cells)
 
 
 def _losses(sample: Row) -> RenderableType:
@@ -247,7 +283,7 @@ def _losses(sample: Row) -> RenderableType:
         text.append(f" ({reasons(found)})" if found else "", style="dim")
         text.append("  ")
     text.append("duplicates ", style="dim")
-    text.append(_shown(sample, "duplicates"))
+    text.append(whole(count(sample, "duplicates")))
     return text
 
 
@@ -269,38 +305,6 @@ def _role_line(sample: Row) -> RenderableType:
     return text if names else Text("no role is reported yet", style="dim")
 
 
-def _decisions(steps: Sequence[Row]) -> RenderableType:
-    """Show the last decisions with their reasons, newest first."""
-    table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1), show_edge=False)
-    for title, justify in (
-        ("step", "right"),
-        ("kind", "center"),
-        ("because", "left"),
-        ("loss", "right"),
-        ("segments", "right"),
-        ("lag", "right"),
-        ("fill", "right"),
-        ("wait s", "right"),
-        ("busy s", "right"),
-    ):
-        table.add_column(title, justify=justify, header_style="dim", no_wrap=True)  # type: ignore[arg-type]
-    for row in list(steps)[: -NUM_SHOWN_STEPS - 1 : -1]:
-        kind = one_line(str(row.get("kind", "?")), 4)
-        reason = one_line(str(row.get("reason", "")), 14)
-        table.add_row(
-            _shown(row, "optimizer_step"),
-            Text(kind, style="bold cyan" if kind == "B" else ""),
-            Text(reason, style="yellow" if kind == "A" and reason != "schedule" else ""),
-            decimal(number(row, "loss")),
-            _shown(row, "num_segments"),
-            decimal(number(row, "lag_claimed_mean")) if kind == "B" else NOT_WRITTEN,
-            f"{number(row, 'fill') or 0:.0%}" if kind == "B" else NOT_WRITTEN,
-            _seconds(row, "wait_s"),
-            _seconds(row, "busy_s"),
-        )
-    return table if steps else Text("no step yet", style="dim")
-
-
 def _claimed_lag(row: Mapping[str, Any]) -> str:
     mean, highest = number(row, "lag_claimed_mean"), number(row, "lag_claimed_max")
     return (
@@ -313,12 +317,3 @@ def _claimed_lag(row: Mapping[str, Any]) -> str:
 def _last(steps: Sequence[Row], kind: str) -> float | None:
     losses = [loss for row in steps if row.get("kind") == kind and (loss := number(row, "loss")) is not None]
     return losses[-1] if losses else None
-
-
-def _seconds(row: Mapping[str, Any], name: str) -> str:
-    value = number(row, name)
-    return NOT_WRITTEN if value is None else f"{value:.2f}"
-
-
-def _shown(row: Mapping[str, Any], name: str) -> str:
-    return whole(count(row, name))

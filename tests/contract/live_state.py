@@ -9,7 +9,11 @@ from typing import Any
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.keys import MATCHER_GROUP, PACKER_GROUP
+from broker_schemas.broker.status import read_status
+from broker_schemas.records.events import LogEvent
 from broker_schemas.records.ledger import Ledger
+from rollstream.history.log_samples import logged_run
+from rollstream.watch.broker_watch import sample_of
 from tests.contract.queue_model import WORLD_SIZE, QueueModel
 
 
@@ -161,3 +165,17 @@ def check_sums(live: LiveState, model: QueueModel, ledger: Ledger) -> None:
     assert live.num_rejected == sum(item.reason not in given_up for item in rejected)
     assert ledger.reissued == model.counters["reissued"]
     assert set(ledger.committed) >= {step for step, claim in model.claims.items() if claim.is_committed}
+
+
+def check_samples(broker: Broker, events: list[LogEvent]) -> None:
+    """The log tells a sample as the broker does, but for what only the broker knows."""
+    only_the_broker = {"time_ms", "duplicates", "lag_generated_mean", "broker_bytes", "segments_waiting"}
+    told = sample_of(read_status(broker, WORLD_SIZE), [], time_ms=0)
+    logged = logged_run(events, WORLD_SIZE).samples
+    if not logged:
+        assert not any(told["ready_depth"])
+        return
+    # entries that somebody adds past the script are in the stream and in no event
+    assert 0 <= logged[-1]["segments_waiting"] <= told["segments_waiting"]
+    folded = {name: value for name, value in logged[-1].items() if name not in only_the_broker}
+    assert folded == {name: value for name, value in told.items() if name not in only_the_broker}

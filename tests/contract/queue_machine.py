@@ -35,7 +35,7 @@ from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.ledger import Ledger
 from broker_schemas.records.packs import Untrainable
 from tests.builders.records import a_rollout
-from tests.contract.live_state import check_sums, read_live_state
+from tests.contract.live_state import check_samples, check_sums, read_live_state
 from tests.contract.queue_hands import (
     WEIGHTED,
     busiest,
@@ -80,6 +80,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert whole == self.ledger
         cut = len(events) // 3
         assert Ledger().apply(events[:cut]).apply(events[cut:]) == whole
+        check_samples(self.broker, events)
         self.broker.client.unlink(*self.broker.client.scan_iter(self.broker.keys.prefix + "*"), "x")
         self.broker.close()
 

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rollstream.run_folder import RunFolder
 from rollstream.show.report.counting import key_numbers
 from rollstream.show.report.phrases import detail_lines
-from rollstream.watch.live_table import LiveView, bottleneck
+from rollstream.watch.live_table import LiveView, ViewSettings, bottleneck, render_live
 from tests.builders.run_folders import START_MS, make_config, make_run_folder, make_sample, make_step
 
 NOW_MS = START_MS + 31_000
@@ -216,3 +216,39 @@ def test_what_the_dispatcher_says_of_freshness_is_shown_in_the_view_and_the_repo
     assert advice in text
     numbers = key_numbers([], [make_sample(demand_advice=advice)], b_ratio="1")
     assert advice in [line.remark for line in detail_lines(numbers)]
+
+
+def test_the_height_of_the_terminal_is_used_and_never_passed(tmp_path: Path) -> None:
+    view = LiveView(make_run_folder(tmp_path)).render(NOW_MS)
+
+    def lines(height: int, width: int = 80) -> list[str]:
+        stream = io.StringIO()
+        console = Console(width=width, height=height, file=stream, force_terminal=True, color_system=None)
+        console.print(view)
+        return stream.getvalue().splitlines()
+
+    assert [len(lines(height)) for height in (24, 40, 60)] == [24, 40, 60]
+    assert len(lines(200)) < 100  # there are sixty steps
+
+
+@pytest.mark.parametrize("width", [40, 50, 60, 72, 79])
+def test_narrow_heads_stay_whole(tmp_path: Path, width: int) -> None:
+    text = shown(LiveView(make_run_folder(tmp_path)).render(START_MS + 150_000), width)
+
+    assert max(len(line) for line in text.splitlines()) <= width
+    for words in ("asked for", "in flight", "to match", "to pack", "ready per rank", "trained", "because"):
+        assert words in text
+    assert "…" not in text
+
+
+def test_a_broker_that_does_not_answer_is_red_whatever_the_learner_does() -> None:
+    steps = [make_step(step, wait_s=0.06, busy_s=1.94) for step in range(5)]
+    silent = {"time_ms": NOW_MS, "roles": make_sample()["roles"], "broker_trouble": "no answer in time"}
+    view = render_live([make_sample(30), silent], steps, ViewSettings(run_name="r"), now_ms=NOW_MS)
+
+    stream = io.StringIO()
+    Console(width=90, file=stream, force_terminal=True, color_system="standard").print(view)
+
+    assert "\x1b[1;31m▲ the broker does not answer for 1 s: no answer in time" in stream.getvalue()
+    assert "nobody waits" not in stream.getvalue()
+    assert bottleneck(silent, steps).startswith("the broker does not answer")

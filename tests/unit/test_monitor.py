@@ -12,10 +12,12 @@ import pytest
 from broker_schemas.broker.status import RunStatus
 from broker_schemas.errors import BrokerUnavailable
 from broker_schemas.records.events import LogEvent
+from rollstream.history.log_samples import LAG_OVER_RECORDS, GeneratedLag
 from rollstream.show.report.counting import key_numbers
-from rollstream.stack.monitor import LAG_OVER_RECORDS, BrokerWatch, GeneratedLag, Monitor, sample_of
+from rollstream.stack.monitor import Monitor
 from rollstream.stack.role_messages import error_message, last_lines
 from rollstream.stack.view import plain_line
+from rollstream.watch.broker_watch import BrokerWatch, sample_of
 from tests.builders.run_folders import make_sample, make_step
 
 ROLES: list[dict[str, Any]] = [{"role": "producer", "index": 0, "state": "running", "pid": 7, "restarts": 2}]
@@ -148,7 +150,11 @@ def test_the_monitor_outlasts_a_broker_that_is_away(tmp_path: Path) -> None:
         monitor.step()
     # then
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert lines == [{"time_ms": 1}, {"time_ms": 2, "roles": ROLES}, {"time_ms": 3}]
+    assert lines == [
+        {"time_ms": 1},
+        {"time_ms": 2, "roles": ROLES, "broker_trouble": "no connection"},
+        {"time_ms": 3},
+    ]
     assert monitor.last_sample == {"time_ms": 3}
 
 

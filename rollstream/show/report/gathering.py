@@ -8,11 +8,14 @@ from typing import Any
 
 from broker_schemas.errors import DataError
 from broker_schemas.records.schedule import InvalidRatio, is_rollout_step
+from rollstream.history.archive_reading import ArchivedEvents
+from rollstream.history.log_samples import LoggedRun, logged_run
 from rollstream.run_folder import (
     JsonLinesReader,
     RunFolder,
     config_value,
     latest_steps,
+    read_json_lines,
     read_json_map,
     read_resolved_config,
 )
@@ -25,16 +28,17 @@ _CLASS_NUMBERS = ("gt_objects", "pred_objects", "map_50", "map")
 _BALANCED = "balanced"
 
 
-def build_report(run_folder: RunFolder | Path) -> ReportData:
-    """Return everything a report shows of a run.
+def build_report(run_folder: RunFolder | Path, logged: LoggedRun | None = None) -> ReportData:
+    """Return everything a report shows of a run; ``logged``: what its log tells, else read from its archive.
 
     A missing or unreadable file is named in ``missing``. Raises ConfigError when the path is no run folder.
     """
     folder = run_folder if isinstance(run_folder, RunFolder) else RunFolder.existing(run_folder)
     missing: list[str] = []
     config = _config(folder, missing)
-    steps = latest_steps(_rows(folder.train_log, "training log: no losses, no B ratio", missing))
-    samples = _rows(folder.stack_samples, "stack samples: no depth, lag, drops or rollout rates", missing)
+    logged = logged or _archived(folder, config)
+    steps = latest_steps(_steps(folder, logged, missing))
+    samples = _samples(folder, logged, missing)
     evaluations = _evaluations(folder, config, missing)
     b_ratio = _b_ratio(config)
     times = [value for row in (*samples, *steps) if (value := number(row, "time_ms")) is not None]
@@ -92,6 +96,33 @@ def _rows(path: Path, meaning: str, missing: list[str]) -> list[Row]:
     if reader.num_unreadable:
         missing.append(f"{path.name}: {reader.num_unreadable} lines could not be read and are left out")
     return rows
+
+
+def _archived(folder: RunFolder, config: Row) -> LoggedRun:
+    world_size = _whole(config_value(config, "devices", "learner_world_size")) or 1
+    return logged_run(ArchivedEvents(folder.archive_dir), world_size)
+
+
+def _steps(folder: RunFolder, logged: LoggedRun, missing: list[str]) -> list[Row]:
+    if logged.steps and not folder.train_log.exists():
+        return logged.steps
+    return _rows(folder.train_log, "training log: no losses, no B ratio", missing)
+
+
+def _samples(folder: RunFolder, logged: LoggedRun, missing: list[str]) -> list[Row]:
+    """Return the samples of the log; what only `rollstream up` saw goes into the last."""
+    if not logged.samples:
+        return _rows(
+            folder.stack_samples,
+            "neither an archive nor stack samples: no depth, lag, drops or rollout rates",
+            missing,
+        )
+    told = read_json_lines(folder.stack_samples)
+    last = told[-1] if told else {}
+    peak = [value for row in told if (value := _whole(row.get("broker_bytes")))]
+    kept: Row = {name: last[name] for name in ("duplicates", "demand_advice", "roles") if name in last}
+    kept |= {"broker_bytes": max(peak)} if peak else {}
+    return [*logged.samples[:-1], logged.samples[-1] | kept]
 
 
 def _b_ratio(config: Row) -> str | None:
