@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from broker_schemas.records.packs import MatchedDescriptor, ReadyPack
 from consumers.packing import (
@@ -19,6 +19,9 @@ from consumers.packing import (
     require_method,
     select_pack,
 )
+
+FILL_TO_GIVE_UP: Final = 0.05
+"""Most of the fullest pack's fill that is given up, where none could be filled, to keep versions apart."""
 
 Urgency = Literal["patient", "hungry", "forced"]
 EmitReason = Literal["filled", "lookahead", "buffer_full", "hungry", "forced"]
@@ -118,8 +121,10 @@ class PackBuffer:
     def next_pack(self, urgency: Urgency = "patient") -> PackChoice | None:
         """Take the next pack out, or None while waiting is better; None whenever the buffer is empty.
 
-        The candidate is what `select_pack` picks, so it always holds the oldest segment. It leaves when it
-        reaches `target_fill_ratio` (`filled`); or `lookahead_packs` packs' worth of tokens wait
+        The candidate always holds the segment that is stale soonest: of the lowest policy version the oldest.
+        A pack is as old as its oldest segment, so younger versions join only where those below do not make
+        a pack that may leave [P-13]; within a range of versions the choice is `select_pack`'s. It leaves when
+        it reaches `target_fill_ratio` (`filled`); or `lookahead_packs` packs' worth of tokens wait
         (`lookahead`); or no further segment could be inserted (`buffer_full`); or the caller is `hungry` (a
         learner rank has fewer packs ready than its next step needs) and it reaches `min_fill_ratio`; or the
         caller is `forced` (nothing more will arrive for this step, or its patience has run out), whatever the
@@ -128,14 +133,12 @@ class PackBuffer:
         if not self._segments or not self._may_emit(urgency):
             return None
         settings = self._settings
-        lengths = [segment.encoded_length for segment in self._segments]
-        chosen = select_pack(lengths, settings.capacity_tokens, settings.method)
-        fill_ratio = sum(lengths[i] for i in chosen) / settings.capacity_tokens
-        reason = self._emit_reason(fill_ratio, urgency)
-        if reason is None:
+        found = self._choose(urgency)
+        if found is None:
             return None
-        members = tuple(self._segments[i] for i in chosen)
+        chosen, reason = found
         taken = set(chosen)
+        members = tuple(self._segments[i] for i in sorted(chosen))
         self._hold([segment for i, segment in enumerate(self._segments) if i not in taken])
         return PackChoice(
             segments=members,
@@ -159,6 +162,33 @@ class PackBuffer:
         gone = {segment.record_id for segment in removed}
         self._hold([segment for segment in self._segments if segment.record_id not in gone])
         return removed
+
+    def _choose(self, urgency: Urgency) -> tuple[list[int], EmitReason] | None:
+        """Return the places of the pack that leaves now and why, None where none may."""
+        versions = sorted({segment.policy_version for segment in self._segments})
+        candidates = []
+        for newest in versions:
+            chosen, fill_ratio = self._select(newest)
+            reason = self._emit_reason(fill_ratio, urgency)
+            is_enough = fill_ratio >= self._settings.min_fill_ratio
+            if reason == "filled" or (is_enough and reason in ("hungry", "forced")):
+                return chosen, reason
+            candidates.append((chosen, fill_ratio, reason))
+        _, best_fill, reason = candidates[-1]
+        if reason is None:
+            return None
+        enough = best_fill * (1 - FILL_TO_GIVE_UP)
+        return next(chosen for chosen, fill_ratio, _ in candidates if fill_ratio >= enough), reason
+
+    def _select(self, newest_version: int) -> tuple[list[int], float]:
+        """Return the best pack of versions up to ``newest_version``, as places, and its fill."""
+        settings = self._settings
+        places = [i for i, segment in enumerate(self._segments) if segment.policy_version <= newest_version]
+        places.sort(key=lambda i: (self._segments[i].policy_version, i))
+        lengths = [self._segments[i].encoded_length for i in places]
+        chosen = select_pack(lengths, settings.capacity_tokens, settings.method)
+        fill_ratio = sum(lengths[i] for i in chosen) / settings.capacity_tokens
+        return [places[i] for i in chosen], fill_ratio
 
     def _may_emit(self, urgency: Urgency) -> bool:
         """Spare the selection where even all segments together would not do."""

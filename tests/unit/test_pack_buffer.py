@@ -7,7 +7,7 @@ import random
 import pytest
 
 from broker_schemas.records.packs import MatchedDescriptor
-from consumers.pack_buffer import PackBuffer, PackBufferFull, PackBufferSettings
+from consumers.pack_buffer import PackBuffer, PackBufferFull, PackBufferSettings, Urgency
 from consumers.packing import OversizedSegment, PackingError, select_pack
 from tests.builders.records import a_descriptor
 
@@ -203,7 +203,7 @@ def test_random_traffic_loses_nothing_and_every_pack_is_what_selection_says(seed
     for number in range(200):
         if buffer.num_free_places:
             inserted.append(f"s{number}")
-            buffer.insert(a_segment(f"s{number}", generator.randint(1, 100), policy_version=number // 20))
+            buffer.insert(a_segment(f"s{number}", generator.randint(1, 100)))
         held = buffer.segments
         choice = buffer.next_pack(generator.choice(["patient", "patient", "hungry", "forced"]))
         if choice is None:
@@ -215,6 +215,96 @@ def test_random_traffic_loses_nothing_and_every_pack_is_what_selection_says(seed
         left.extend(choice.pack.record_ids)
 
     assert sorted(left + [segment.record_id for segment in buffer.segments]) == sorted(inserted)
+
+
+@pytest.mark.req("P-13")
+def test_a_full_pack_of_old_segments_leaves_without_a_young_one_that_came_before_them() -> None:
+    buffer = a_buffer()
+    for name, length, version in (("young", 60, 5), ("old", 60, 2), ("young-too", 40, 5), ("old-too", 40, 3)):
+        buffer.insert(a_segment(name, length, policy_version=version))
+
+    first, second = buffer.next_pack(), buffer.next_pack()
+
+    assert first is not None
+    assert second is not None
+    assert (first.pack.record_ids, first.pack.policy_version) == (("old", "old-too"), 2)
+    assert (second.pack.record_ids, second.pack.policy_version) == (("young", "young-too"), 5)
+
+
+@pytest.mark.req("P-13")
+@pytest.mark.parametrize("urgency", ["hungry", "forced"])
+def test_a_hungry_learner_gets_the_old_ones_alone_where_they_fill_a_pack_enough(urgency: Urgency) -> None:
+    buffer = a_buffer()
+    for name, length, version in (("young", 30, 5), ("old", 40, 2), ("old-too", 30, 2)):
+        buffer.insert(a_segment(name, length, policy_version=version))
+
+    choice = buffer.next_pack(urgency)
+
+    assert choice is not None
+    assert choice.pack.record_ids == ("old", "old-too")
+
+
+@pytest.mark.req("P-13")
+def test_a_young_one_joins_where_the_old_ones_alone_are_too_few() -> None:
+    buffer = a_buffer()
+    buffer.insert(a_segment("old", 40, policy_version=2))
+    buffer.insert(a_segment("young", 50, policy_version=5))
+    assert buffer.next_pack() is None
+
+    choice = buffer.next_pack("hungry")
+
+    assert choice is not None
+    assert choice.pack.record_ids == ("old", "young")
+
+
+@pytest.mark.req("P-13", "P-1")
+@pytest.mark.parametrize("seed", range(40))
+def test_in_any_traffic_the_stalest_leaves_first_and_young_ones_join_only_where_they_must(seed: int) -> None:
+    generator = random.Random(seed)
+    buffer = a_buffer(packing_buffer=24, lookahead_packs=3)
+    for number in range(200):
+        if buffer.num_free_places:
+            version = number // 10 - generator.randint(0, 3)
+            buffer.insert(a_segment(f"s{number}", generator.randint(1, 100), policy_version=max(0, version)))
+        held = buffer.segments
+        urgency: Urgency = generator.choice(["patient", "hungry", "forced"])
+        choice = buffer.next_pack(urgency)
+        if choice is None:
+            continue
+        stalest = min(held, key=lambda segment: segment.policy_version)
+        assert stalest in choice.segments
+        assert choice.pack.fill <= 1
+        assert list(choice.segments) == [segment for segment in held if segment in choice.segments]
+
+
+def versions_dragged(seed: int, *, is_version_known: bool) -> tuple[float, float]:
+    """Return by how many versions packs make their segments older, and how full they are, on average.
+
+    A rollout takes 1 to 4 versions to arrive; 12 arrive in each version, six at a time.
+    """
+    generator = random.Random(seed)
+    buffer = a_buffer()
+    versions: dict[str, int] = {}
+    dragged, fills = [], []
+    for number in range(600):
+        name = f"s{number}"
+        versions[name] = number // 12 + 4 - generator.randint(1, 4)
+        known = versions[name] if is_version_known else 0
+        buffer.insert(a_segment(name, generator.randint(5, 60), policy_version=known))
+        while number % 6 == 5 and (choice := buffer.next_pack("hungry")):
+            held = [versions[item] for item in choice.pack.record_ids]
+            dragged += [version - min(held) for version in held]
+            fills.append(choice.pack.fill)
+    return sum(dragged) / len(dragged), sum(fills) / len(fills)
+
+
+@pytest.mark.req("P-13")
+@pytest.mark.parametrize("seed", range(3))
+def test_packs_for_a_hungry_learner_make_their_segments_less_old(seed: int) -> None:
+    with_versions, fill = versions_dragged(seed, is_version_known=True)
+    without, plain_fill = versions_dragged(seed, is_version_known=False)
+    assert with_versions < 0.6 * without
+    assert plain_fill > fill > 0.85
 
 
 @pytest.mark.req("P-5")
