@@ -67,7 +67,20 @@ def _adapters(config: RunConfig) -> Iterator[Problem]:
     if twice:
         message = f"names {', '.join(twice)} more than once; keep one"
         yield Problem(message=message, paths=((*TRAINING, "lora", "targets"),))
-    if lora.dora and config.rollout_matching.rollout_backend == "vllm" and config.b_ratio > 0:
+    if lora.rank is not None and config.rollout_matching.rollout_backend == "vllm" and config.b_ratio > 0:
+        yield from _served_adapters(config)
+
+
+def _served_adapters(config: RunConfig) -> Iterator[Problem]:
+    """What a rollout server cannot do with adapters."""
+    lora, method = config.training.lora, ("custom", "extra", "rollout_matching")
+    rank: KeyPath = (*TRAINING, "lora", "rank")
+    if lora.dora:
         message = "got true, but vLLM serves no DoRA adapters; set false, or rollout_backend: hf"
-        backend: KeyPath = ("custom", "extra", "rollout_matching", "rollout_backend")
-        yield Problem(message=message, paths=((*TRAINING, "lora", "dora"), backend))
+        yield Problem(message=message, paths=((*TRAINING, "lora", "dora"), (*method, "rollout_backend")))
+    if config.rollout_matching.vllm.sync.mode == "transfer":
+        message = "got transfer, but servers load adapters by their path; set full"
+        yield Problem(message=message, paths=((*method, "vllm", "sync", "mode"), rank))
+    if config.stage2_async.in_flight_sync == "keep":
+        message = "got keep, but a rollout in flight holds on to the adapter that it began with; set strict"
+        yield Problem(message=message, paths=(("stage2_async", "in_flight_sync"), rank))

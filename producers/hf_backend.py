@@ -64,8 +64,9 @@ class HfBackendSettings:
 
 
 class HfBackend:
-    """Generates in this process with the weights of the published folder; adapters go on the base, which is
-    loaded once.
+    """Generates in this process with the weights of the published folder.
+
+    An adapter goes on the base, which is loaded once.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
@@ -121,7 +121,11 @@ class VllmBackend:
         body = build_body(request, server.model, decoding, server.dialect)
         reply = server.door.post(path, body, timeout_s=self._settings.retry.request_timeout_s)
         where = f"POST {server.door.base_url}{path}"
-        return read_generation(reply, request, decoding, where=where, weights=weights)
+        generation = read_generation(reply, request, decoding, where=where, weights=weights)
+        if server.adapter_version is None:
+            return generation
+        # a sync meanwhile moved the server's label, not the adapter that this request names
+        return replace(generation, policy_version=server.adapter_version, version_spans=())
 
     def _request(self, sample: Sample, seed: int) -> PromptRequest:
         shown = [self._images.resized(path) for path in sample.image_paths]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import RolloutServerError, ServerRefused, ServerUnavailable
 from broker_schemas.rollout_servers.server_lock import HoldServer
-from broker_schemas.rollout_servers.vllm_http import PauseMode, VllmServer
+from broker_schemas.rollout_servers.vllm_http import PauseMode, VllmServer, adapter_name
 from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
 from broker_schemas.rollout_servers.weight_sync import load_into_servers
 from producers.vllm_requests import Dialect
@@ -23,7 +23,10 @@ LOOK_EVERY_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class LiveServer:
-    """A server that answers and holds published weights."""
+    """A server that answers and holds published weights.
+
+    ``adapter_version``: the policy version of the adapter that ``model`` names, None where it is the model.
+    """
 
     door: VllmServer
     model: str
@@ -31,6 +34,7 @@ class LiveServer:
     world_size: int
     dialect: Dialect
     weights: WeightLabel
+    adapter_version: int | None = None
 
 
 @dataclass
@@ -111,11 +115,12 @@ class ServerFleet:
         model, max_model_len = door.model()
         return LiveServer(
             door=door,
-            model=model,
+            model=adapter_name(weights.weights_path) if door.takes_adapters else model,
             max_model_len=max_model_len,
             world_size=door.world_size(),
             dialect="tokens" if door.takes_token_ids() else "chat",
             weights=weights,
+            adapter_version=weights.policy_version if door.takes_adapters else None,
         )
 
     def _up_to_date(self, door: VllmServer, wanted: WeightLabel) -> WeightLabel:

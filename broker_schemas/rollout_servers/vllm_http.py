@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from broker_schemas.errors import ServerFailed, ServerRefused, ServerUnavailable
@@ -29,7 +30,9 @@ GENERATE_PATH: Final = "/inference/v1/generate"
 CHAT_PATH: Final = "/v1/chat/completions"
 LOADER: Final = "load_published_weights"
 LOADER_CLASS: Final = "rollstream_vllm_worker.PublishedWeights"
+ROWS_LOADER: Final = "load_coordinate_rows"
 TRANSFER_ENGINE: Final = "rollstream"
+ADAPTER_PREFIX: Final = "policy-"
 # the server is there but asks to come again
 _TRY_AGAIN: Final = frozenset({408, 425, 429})
 
@@ -56,7 +59,8 @@ def server_errors(where: str) -> Iterator[None]:
 class VllmServer:
     """One server at ``base_url``. Safe to share between threads, except for ``reconnect`` and ``close``.
 
-    ``timeout_s`` bounds control requests as a whole, from connecting to the last byte.
+    ``timeout_s`` bounds control requests as a whole, from connecting to the last byte. ``takes_adapters``:
+    published folders hold adapters of the model that it serves.
     """
 
     def __init__(
@@ -65,10 +69,12 @@ class VllmServer:
         *,
         timeout_s: float,
         max_connections: int = 64,
+        takes_adapters: bool = False,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
+        self.takes_adapters = takes_adapters
         self._max_connections = max_connections
         self._transport = transport
         self._client: httpx.Client | None = None
@@ -149,12 +155,32 @@ class VllmServer:
         self.post("/resume")
 
     def load_weights(self, weights_path: str) -> None:
-        """Load a Hugging Face folder by its path on the server's machine.
+        """Load a published folder by its path on the server's machine: a model's weights, or an adapter.
 
         Raises ServerRefused, and leaves the server as it was, where it does not see the folder, or where it
         runs on CPU without our worker extension: its output layer would keep the old weights.
         """
-        method = LOADER if self._has_loader() else "reload_weights"
+        if self.takes_adapters:
+            self._load_adapter(weights_path)
+            return
+        self._run_on_workers(LOADER if self._has_loader() else "reload_weights", weights_path)
+
+    def adapters(self) -> list[str]:
+        """Return the names of the adapters that it holds, oldest first."""
+        models = self.get("/v1/models", timeout_s=LOOK_TIMEOUT_S).get("data") or []
+        names = [str(entry.get("id")) for entry in models if isinstance(entry, dict)]
+        return [name for name in names if name.startswith(ADAPTER_PREFIX)]
+
+    def _load_adapter(self, weights_path: str) -> None:
+        name = adapter_name(weights_path)
+        body = {"lora_name": name, "lora_path": weights_path, "load_inplace": True}
+        self._request("POST", "/v1/load_lora_adapter", body, None, answers_json=False)
+        self._run_on_workers(ROWS_LOADER, weights_path)
+        # the one before stays for rollouts that were asked of it a moment ago
+        for old in [held for held in self.adapters() if held != name][:-1]:
+            self._request("POST", "/v1/unload_lora_adapter", {"lora_name": old}, None, answers_json=False)
+
+    def _run_on_workers(self, method: str, weights_path: str) -> None:
         reply = self.post("/collective_rpc", {"method": method, "kwargs": {"weights_path": weights_path}})
         problems = [str(result) for result in reply.get("results") or [] if result is not None]
         if problems:
@@ -232,7 +258,13 @@ class VllmServer:
         self.post("/reset_encoder_cache")
 
     def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout_s: float | None,
+        *,
+        answers_json: bool = True,
     ) -> dict[str, Any]:
         import httpx
 
@@ -254,7 +286,7 @@ class VllmServer:
                 if len(raw) > MAX_REPLY_BYTES:
                     raise ServerFailed(f"{where}: reply over {MAX_REPLY_BYTES} bytes, expected less")
             status = reply.status_code
-        return _read_reply(where, status, bytes(raw))
+        return _read_reply(where, status, bytes(raw), answers_json=answers_json)
 
     def _open(self) -> httpx.Client:
         import httpx
@@ -281,7 +313,12 @@ class VllmServer:
         return value
 
 
-def _read_reply(where: str, status: int, raw: bytes) -> dict[str, Any]:
+def adapter_name(weights_path: str) -> str:
+    """Return the name that the adapter in a published folder ``v<N>`` is asked for by."""
+    return ADAPTER_PREFIX + PurePath(weights_path).name
+
+
+def _read_reply(where: str, status: int, raw: bytes, *, answers_json: bool) -> dict[str, Any]:
     text = raw[:500].decode("utf-8", "replace")
     if status in _TRY_AGAIN or status >= 500:
         raise ServerFailed(f"{where}: status {status} ({text}); look at the server's log")
@@ -289,7 +326,7 @@ def _read_reply(where: str, status: int, raw: bytes) -> dict[str, Any]:
         raise ServerRefused(
             f"{where}: status {status} ({text}); was it started by 'rollstream serve vllm'?", status=status
         )
-    if not raw.strip():
+    if not answers_json or not raw.strip():
         return {}
     try:
         body = json.loads(raw)

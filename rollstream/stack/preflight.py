@@ -18,6 +18,7 @@ from rollstream.stack.ports_in_use import check_ports_free
 from rollstream.stack.scrape_targets import metrics_ports
 from rollstream.watch.trackers import check_usable
 from rollstream.wiring import access
+from rollstream.wiring.adapters import adapted_layers
 from rollstream.wiring.trainable import Untrainable, find_untrainable
 from rollstream.wiring.vllm import rollout_chunk
 
@@ -36,7 +37,7 @@ def check_inputs(config: RunConfig) -> Untrainable:
                 f"{Path.cwd()}), or make the data with 'rollstream data import' or 'rollstream data scenes'"
             )
     if config.model.name_or_path is not None:
-        access.model_dir(config)
+        adapted_layers(config, access.model_dir(config))
     untrainable = find_untrainable(config)
     rollout_chunk(config, wait_s=0.0)
     if config.metrics.base_port:

@@ -15,11 +15,14 @@ from broker_schemas.errors import ConfigError, DataError
 from broker_schemas.rollout_servers.vllm_http import LOADER_CLASS, TRANSFER_ENGINE
 from configs import RunConfig
 from rollstream.wiring import access
+from rollstream.wiring.adapters import adapted_layers
 
 EXTENSION_DIR: Final = Path(rollstream.__file__).resolve().parent / "assets" / "vllm"
 SERVED_NAME: Final = "policy"
 LOCAL_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 ROUND_UP_TOKENS: Final = 64
+# what vLLM makes room for
+ADAPTER_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class ServerPlan:
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
     """What a server must know of its model: the folder, bounds of images, prompts and rollouts, and whether
-    the learner sends it weights.
+    the learner sends it weights, or adapters of ``adapter_rank`` (0: none), on vision too or not.
     """
 
     folder: Path
@@ -59,6 +62,8 @@ class ServedModel:
     max_model_len: int
     num_images: int = 1
     takes_transfers: bool = False
+    adapter_rank: int = 0
+    has_vision_adapters: bool = False
 
 
 def plan_servers(config: RunConfig, model: Path, options: ServeOptions) -> list[ServerPlan]:
@@ -82,6 +87,8 @@ def plan_servers(config: RunConfig, model: Path, options: ServeOptions) -> list[
         max_model_len=longest_rollout(config, model, options.num_images),
         num_images=options.num_images,
         takes_transfers=config.rollout_matching.vllm.sync.mode == "transfer",
+        adapter_rank=config.training.lora.rank or 0,
+        has_vision_adapters=any("visual" in name for name in adapted_layers(config, model)),
     )
     plans = []
     for index, gpus in zip(chosen, _deal_gpus(config, options, chosen, len(urls)), strict=True):
@@ -154,6 +161,7 @@ def serve_flags(served: ServedModel, host: str, port: int, num_gpus: int) -> tup
         *("--generation-config", "vllm"),
         *("--worker-extension-cls", LOADER_CLASS),
         *_transfer_flags(served),
+        *_adapter_flags(served),
         # the endpoint that takes token ids and says which weights wrote each token
         "--enable-scale-out",
         *(("--tensor-parallel-size", str(num_gpus)) if num_gpus else ("--enforce-eager",)),
@@ -166,10 +174,24 @@ def _transfer_flags(served: ServedModel) -> tuple[str, ...]:
     return ("--weight-transfer-config", json.dumps({"backend": TRANSFER_ENGINE}))
 
 
+def _adapter_flags(served: ServedModel) -> tuple[str, ...]:
+    if not served.adapter_rank:
+        return ()
+    largest = next((rank for rank in ADAPTER_RANKS if rank >= served.adapter_rank), None)
+    if largest is None:
+        raise ConfigError(
+            f"training.lora.rank: got {served.adapter_rank}, but vLLM serves ranks up to {ADAPTER_RANKS[-1]}"
+        )
+    # the adapter of a policy version, and the one before it
+    flags = ("--enable-lora", "--max-lora-rank", str(largest), "--max-loras", "2")
+    return (*flags, "--enable-tower-connector-lora") if served.has_vision_adapters else flags
+
+
 def _environment(gpus: tuple[int, ...], num_on_machine: int) -> dict[str, str]:
     environment = {
         # pause, resume, weight loading
         "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         # holds the worker extension and nothing else

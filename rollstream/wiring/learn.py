@@ -18,9 +18,7 @@ from broker_schemas.broker.keys import RunKeys
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.broker.lease import Lease, holding
 from broker_schemas.errors import BrokerError, ConfigError
-from broker_schemas.method.adapters import BaseModel
 from broker_schemas.method.images import ImageProcessor
-from broker_schemas.method.model_fingerprint import model_fingerprint
 from broker_schemas.method.model_folder import empty_policy, load_policy
 from broker_schemas.method.prompt import PromptBuilder
 from broker_schemas.records.identity import max_steps_course
@@ -34,7 +32,7 @@ from learner.distributed import Ranks, connect
 from learner.ground_truth_only import GroundTruthOnlyBroker
 from learner.losses import LossSettings
 from learner.metrics import LearnerMetrics
-from learner.model_parts import AdapterSettings, Part
+from learner.model_parts import Part
 from learner.optimization import OptimizationSettings
 from learner.packed_forward import position_rule_of
 from learner.patient_broker import PatientBroker
@@ -49,6 +47,7 @@ from learner.train_loop import LearnerOutcome, LearnerParts, run_learner
 from learner.training_log import TrainingLog
 from rollstream.run_lock import StackLock
 from rollstream.wiring import access
+from rollstream.wiring.adapters import adapter_settings
 from rollstream.wiring.identity import read_identity
 from rollstream.wiring.trainable import read_samples
 from rollstream.wiring.vllm import rollout_chunk, server_sync
@@ -143,22 +142,6 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         else None,
         run_id=run_id_of(config),
         early_stop=EarlyStopSettings(metric=stop.metric, target=stop.target, patience=stop.patience),
-    )
-
-
-def adapter_settings(config: RunConfig, prompts: PromptBuilder) -> AdapterSettings | None:
-    """Return the adapters that the run trains, None where it trains the weights themselves."""
-    lora, folder = config.training.lora, access.model_dir(config)
-    if lora.rank is None:
-        return None
-    return AdapterSettings(
-        rank=lora.rank,
-        alpha=lora.alpha or 2.0 * lora.rank,
-        dropout=lora.dropout,
-        targets=lora.targets,
-        is_dora=lora.dora,
-        coordinate_ids=tuple(int(token_id) for token_id in prompts.coord_vocab.ids),
-        base=BaseModel(path=str(folder.resolve()), fingerprint=model_fingerprint(folder)),
     )
 
 

@@ -36,7 +36,12 @@ def server_doors(config: RunConfig) -> list[VllmServer]:
     # a batch is decode_batch_size a GPU; a server of eight GPUs still finds room
     most = max(64, 8 * method.decode_batch_size)
     return [
-        VllmServer(server.base_url, timeout_s=method.vllm.server.timeout_s, max_connections=most)
+        VllmServer(
+            server.base_url,
+            timeout_s=method.vllm.server.timeout_s,
+            max_connections=most,
+            takes_adapters=config.training.lora.rank is not None,
+        )
         for server in method.vllm.server.servers
     ]
 

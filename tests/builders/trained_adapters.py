@@ -18,11 +18,13 @@ from learner.whole_directory import copy_companions as copy_companion_files
 __all__ = ["copy_companion_files", "logits_of", "write_trained"]
 
 
-def write_trained(folder: Path, base: Path, *, seed: int) -> Any:
+def write_trained(
+    folder: Path, base: Path, *, seed: int, ends: tuple[str, ...] = ("q_proj", "down_proj")
+) -> Any:
     """Write an adapter on ``base`` whose every weight was moved; return the model that it makes."""
     model = load_policy(base)
     ids = CoordVocabulary.from_token_to_id(load_tokenizer(base).token_to_id).ids.tolist()
-    layers = tuple(name for name in linear_layers(model) if name.endswith(("q_proj", "down_proj")))
+    layers = tuple(name for name in linear_layers(model) if name.endswith(ends))
     plan = AdapterPlan(
         rank=2,
         alpha=4.0,

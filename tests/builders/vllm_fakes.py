@@ -8,7 +8,13 @@ from typing import Any
 
 import httpx
 
-from broker_schemas.rollout_servers.vllm_http import GENERATE_PATH, LOADER, LOADER_CLASS, VllmServer
+from broker_schemas.rollout_servers.vllm_http import (
+    GENERATE_PATH,
+    LOADER,
+    LOADER_CLASS,
+    ROWS_LOADER,
+    VllmServer,
+)
 
 END_ID = 603
 Fault = Callable[[httpx.Request], httpx.Response | None]
@@ -78,14 +84,18 @@ class FakeVllm:
         self.takes_token_ids = True
         self.max_model_len = 512
         self.load_problem: str | None = None
+        self.adapters: list[str] = []
         self.faults: list[Fault] = []
         self.log: list[str] = []
         self.answer: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: tokens_reply(
             body["token_ids"], [7, END_ID], self.label
         )
 
-    def door(self, timeout_s: float = 5.0) -> VllmServer:
-        return VllmServer(self.base_url, timeout_s=timeout_s, transport=httpx.MockTransport(self.handle))
+    def door(self, timeout_s: float = 5.0, *, takes_adapters: bool = False) -> VllmServer:
+        transport = httpx.MockTransport(self.handle)
+        return VllmServer(
+            self.base_url, timeout_s=timeout_s, takes_adapters=takes_adapters, transport=transport
+        )
 
     def handle(self, request: httpx.Request) -> httpx.Response:
         if not self.is_up:
@@ -104,7 +114,20 @@ class FakeVllm:
             return httpx.Response(200, json=self.answer(body))
         if not is_get:
             self.log.append(path + (f"?{request.url.query.decode()}" if request.url.query else ""))
+        if path.endswith("_lora_adapter"):
+            return self._change_adapters(path, body)
         return httpx.Response(200, json=self._control(path, request, body))
+
+    def _change_adapters(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        name = body["lora_name"]
+        self.log[-1] += f" {name}"
+        if path == "/v1/load_lora_adapter":
+            assert body["load_inplace"] is True
+            self.adapters = [*(held for held in self.adapters if held != name), name]
+        else:
+            self.adapters.remove(name)
+        # a sentence, not JSON
+        return httpx.Response(200, text=f"Success: LoRA adapter '{name}'")
 
     def _control(self, path: str, request: httpx.Request, body: dict[str, Any]) -> Any:
         if path == "/pause":
@@ -115,14 +138,19 @@ class FakeVllm:
             self.label = body["new_version"]
             self.log[-1] += f" {self.label}"
         elif path == "/collective_rpc":
-            assert body["method"] in (LOADER, "reload_weights")
+            assert body["method"] in (LOADER, ROWS_LOADER, "reload_weights")
             self.log[-1] += f" {body['method']} {body['kwargs']['weights_path']}"
             return {"results": [self.load_problem]}
         return {
             "/get_world_size": {"world_size": self.world_size},
             "/weight_info": {"weight_version": self.label},
             "/is_paused": {"is_paused": self.is_paused},
-            "/v1/models": {"data": [{"id": "policy", "max_model_len": self.max_model_len}]},
+            "/v1/models": {
+                "data": [
+                    {"id": "policy", "max_model_len": self.max_model_len},
+                    *({"id": name, "parent": "policy", "max_model_len": None} for name in self.adapters),
+                ]
+            },
             "/server_info": {
                 "vllm_config": {
                     "parallel_config": {"worker_extension_cls": self.loader},

@@ -33,12 +33,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(folder: Path, *urls: str, **settings: Any) -> RunConfig:
+    return load_mapping(folder, config_mapping(*urls, **settings))
+
+
+def config_mapping(*urls: str, **settings: Any) -> dict[str, Any]:
     mapping = make_mapping(**settings)
     servers = [{"base_url": url} for url in urls]
     mapping["custom"]["extra"]["rollout_matching"].update(
         rollout_backend="vllm", vllm={"server": {"servers": servers}}
     )
-    return load_mapping(folder, mapping)
+    return mapping
 
 
 def flag(plan: ServerPlan, name: str) -> str:
@@ -191,3 +195,26 @@ def test_servers_take_transfers_only_where_the_learner_sends_them(tmp_path: Path
     assert json.loads(flag(sent, "--weight-transfer-config")) == {"backend": TRANSFER_ENGINE}
     assert "--weight-transfer-config" not in by_path.flags
     assert (EXTENSION_DIR / "rollstream_vllm_worker.py").read_text("utf-8").count(f'"{TRANSFER_ENGINE}"') == 1
+
+
+@pytest.mark.req("L-7", "V-1")
+def test_a_server_of_adapters_has_room_for_two_and_for_those_on_vision(tmp_path: Path, model: Path) -> None:
+    def planned(**lora: Any) -> tuple[str, ...]:
+        mapping = config_mapping("http://127.0.0.1:8000")
+        mapping["training"]["lora"] = lora
+        config = load_mapping(tmp_path, mapping)
+        (plan,) = plan_servers(config, model, ServeOptions())
+        assert plan.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+        return plan.flags
+
+    flags = planned(rank=12)
+    assert flags[flags.index("--enable-lora") :][:5] == (
+        *("--enable-lora", "--max-lora-rank", "16"),
+        *("--max-loras", "2"),
+    )
+    assert "--enable-tower-connector-lora" not in flags
+    assert "--enable-tower-connector-lora" in planned(rank=8, targets=["q_proj", "qkv"])
+    with pytest.raises(ConfigError, match="got 600, but vLLM serves ranks up to 512"):
+        planned(rank=600)
+    with pytest.raises(ConfigError, match="got w_pack, which match no linear layer"):
+        planned(rank=8, targets=["w_pack"])

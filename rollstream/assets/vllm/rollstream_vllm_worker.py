@@ -9,7 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 # chosen by --weight-transfer-config; loaded when a worker with it starts
 WeightTransferEngineFactory.register_engine("rollstream", "rollstream_vllm_transfer", "GroupReceiver")
@@ -32,6 +34,29 @@ class PublishedWeights:
         _pack_shared_again(self.model_runner.get_model())
         return None
 
+    def load_coordinate_rows(self: Any, weights_path: str) -> str | None:
+        """Put the rows beside an adapter into embedding and head; return None, or why not.
+
+        Each worker takes those of its own share of the vocabulary.
+        """
+        path = Path(weights_path) / "coordinate_rows.safetensors"
+        if not (Path(weights_path) / "adapter_config.json").is_file():
+            return f"no adapter in {weights_path} as this server sees it"
+        if not path.is_file():
+            return None
+        tensors = load_file(path)
+        ids = tensors.pop("coordinate_ids")
+        by_layer = {name.split(".")[-2]: rows for name, rows in tensors.items()}
+        model = self.model_runner.get_model()
+        for module in model.modules():
+            if isinstance(module, VocabParallelEmbedding):
+                kind = "lm_head" if isinstance(module, ParallelLMHead) else "embed_tokens"
+                rows = by_layer.get(kind)
+                if rows is not None:
+                    _overwrite_rows(module, ids, rows)
+        _pack_shared_again(model)
+        return None
+
     def transfer_group(self: Any) -> str:
         """Return the name of the group that this worker would receive weights from; empty for none."""
         engine = self.weight_transfer_engine
@@ -46,6 +71,16 @@ class PublishedWeights:
         if problem is None:
             _pack_shared_again(self.model_runner.get_model())
         return problem
+
+
+def _overwrite_rows(module: Any, ids: Any, rows: Any) -> None:
+    share = module.shard_indices
+    first, end = share.org_vocab_start_index, share.org_vocab_end_index
+    mine = (ids >= first) & (ids < end)
+    weight = module.weight.data
+    weight[(ids[mine] - first).to(weight.device)] = rows[mine].to(weight.device, weight.dtype)
+    if hasattr(module, "cpu_linear"):
+        module.quant_method.process_weights_after_loading(module)
 
 
 def _pack_shared_again(model: Any) -> None:
