@@ -58,12 +58,14 @@ RQ: Final = Grant(
     elsewhere="rq:*",
     channels="rq:pubsub:*",
 )
-IDENTITY: Final = Grant(commands=f"{CALL} time hget hmget hset xadd", writes="events counters identity")
+IDENTITY: Final = Grant(
+    commands=f"{CALL} time hget hmget hset hincrby xadd", writes="events counters identity"
+)
 
 
 def _place(role: str) -> Grant:
     """Return the right to hold the one place of a role, and to have it looked at in every script."""
-    return Grant(commands=f"{CALL} time hmget hset xadd", writes=f"events counters lease:{role}")
+    return Grant(commands=f"{CALL} time hmget hset hincrby xadd", writes=f"events counters lease:{role}")
 
 
 POLICY: Final = Grant(commands="hgetall", reads="policy")
@@ -84,8 +86,8 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "producer": (
         Grant(
             commands=(
-                f"{CALL} time hget hset hdel hincrby del zadd zrem zscore sadd scard smismember rename xadd "
-                "set mset strlen exists persist unlink multi exec"
+                f"{CALL} time hget hmget hset hdel hincrby del zadd zrem zscore sadd scard smismember rename "
+                "xadd set mset strlen exists persist unlink multi exec"
             ),
             writes="events counters segments seen:now seen:before admitted requests request:* raw:* body:*",
         ),
@@ -124,20 +126,20 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         IDENTITY,
         Grant(
             commands=(
-                f"{CALL} time del exists hdel hexists hget hgetall hincrby hset hsetnx mget strlen unlink "
-                "getrange xadd xdel xlen xrange zadd zcard zcount zrange zrangebyscore zrem"
+                f"{CALL} time del exists hdel hexists hget hgetall hincrby hmget hset hsetnx mget strlen "
+                "unlink getrange xadd xdel xlen xrange xtrim zadd zcard zcount zrange zrangebyscore zrem"
             ),
             writes="events counters claims claim:* sealed ready:* payload:* policy open_step rejected",
         ),
         # scripts name these keys; what they do with them is read
         Grant(commands=CALL, writes="events counters open_step matched claims archive"),
-        Grant(commands="xlen hget", reads="matched archive"),
+        Grant(commands="xlen hget exists", reads="matched archive"),
         SERVER_LOCK,
     ),
     "archive": (
         _place("archive"),
         Grant(
-            commands=f"{CALL} hdel hget hset xlen xrange xread xrevrange xtrim",
+            commands=f"{CALL} hdel hget hmget hset hincrby xlen xrange xread xrevrange xtrim",
             writes="events counters archive",
         ),
         Grant(commands="mget", reads="payload:*"),

@@ -1,4 +1,4 @@
-"""Whether an image file can be what a record says, from its header alone: what the learner will open.
+"""Whether an image file can be what a record says: what the learner will open, decoded once a file.
 
 The matcher judges with it before it admits a rollout. No torch.
 """
@@ -12,7 +12,7 @@ from typing import Final
 
 from broker_schemas.errors import DataError
 from broker_schemas.method.image_grid import ImageGrid
-from broker_schemas.method.images import confine_image_path, read_image_size
+from broker_schemas.method.images import confine_image_path, decoded_size
 from broker_schemas.records.records import ImageReference
 
 SIZES_KEPT: Final = 16_384
@@ -29,7 +29,7 @@ class ImageCheck:
     )
 
     def problem(self, image: ImageReference) -> str | None:
-        """Return what is wrong with ``image``, None for nothing; looks at headers, not at pixels."""
+        """Return what is wrong with ``image``, None for nothing."""
         try:
             file = confine_image_path(self.root, image.path)
             size = self._size_of(file)
@@ -46,7 +46,7 @@ class ImageCheck:
         facts = file.stat()
         key = (str(file), facts.st_mtime_ns, facts.st_size)
         if key not in self._sizes:
-            self._sizes[key] = read_image_size(file)
+            self._sizes[key] = decoded_size(file)
             if len(self._sizes) > SIZES_KEPT:
                 self._sizes.popitem(last=False)
         return self._sizes[key]

@@ -19,7 +19,7 @@ from broker_schemas.broker.event_log import follow_events
 from broker_schemas.broker.role_loop import keep_stepping
 from broker_schemas.broker.trouble_log import TroubleLog
 from broker_schemas.records.events import LogEvent
-from rollstream.history.archive_loss import find_loss, note_loss
+from rollstream.history.archive_loss import NOTHING, find_loss, note_loss
 from rollstream.history.archive_metrics import ArchiveMetrics
 from rollstream.history.archive_reading import EVENTS_FILE, PAYLOADS_FILE, last_archived
 from rollstream.history.frame_file import FrameFile
@@ -50,6 +50,7 @@ class ArchiveWriter:
         self._disk = TroubleLog(log, "archive: free some space")
         self.cursor = last_archived(folder)
         self._noted = self.cursor
+        self._is_announced = self.cursor != NOTHING
         self._events = FrameFile(folder / EVENTS_FILE)
         self._payloads = FrameFile(folder / PAYLOADS_FILE)
 
@@ -76,6 +77,9 @@ class ArchiveWriter:
     def step(self, *, block_ms: int) -> int:
         """Archive one batch; return its number of events. Raises BrokerError, RunStopped, OSError (full)."""
         self._events.check_in_place()
+        if not self._is_announced:
+            self._advance()  # from now on nothing is let go of that is not here
+            self._is_announced = True
         events = follow_events(self._broker, self.cursor, block_ms=block_ms)
         if not events:
             return 0

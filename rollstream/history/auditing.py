@@ -37,6 +37,12 @@ def audit_run(path: Path) -> Audit:
         )
     rows = latest_steps(read_json_lines(folder.train_log))  # first: what it has, the log has by then
     sums = None if broker is None else read_sums(broker)
+    if sums is not None and sums.counters.get("log_trimmed") and not folder.archive_dir.exists():
+        raise ConfigError(
+            f"run folder {path}: no archive keeps the log, and the broker has let go of its "
+            f"{sums.counters['log_trimmed']} oldest events (it holds an eighth of broker.max_bytes); keep "
+            "archive.enabled on for a log that can be audited"
+        )
     log = WholeLog(folder.archive_dir, broker, upto=None if sums is None else sums.last_event_id)
     audit = take_audit(log, counters=None if sums is None else dict(sums.counters))
     faults = [*log.faults, *audit.faults]

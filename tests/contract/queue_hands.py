@@ -6,11 +6,16 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
+from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.broker.packer_door import PendingDescriptor, PlannedPack
-from broker_schemas.records.packs import ReadyPack
+from broker_schemas.errors import RunStopped
+from broker_schemas.records.packs import ReadyPack, Untrainable
 from broker_schemas.records.records import MatchedSegment
 from tests.builders.records import a_segment
-from tests.contract.queue_model import ModelPack
+from tests.contract.queue_model import WORLD_SIZE, ModelPack, QueueModel
 
 # how often each command comes, so that rollouts get as far as being trained and settled
 COMMANDS = {
@@ -72,3 +77,18 @@ def until_empty(look: Callable[[], list[str]]) -> list[str]:
     while more := look():
         found += more
     return found
+
+
+def quarantine_some(rng: random.Random, broker: Broker, model: QueueModel) -> None:
+    """Take some of a claim out of it, now and then some that are not in it, or one twice."""
+    step = rng.choice([*model.claims, rng.randint(0, model.next_step)])
+    known = model.claims[step].ids if step in model.claims else []
+    chosen = rng.sample(known, min(len(known), rng.randint(0, 2))) + ["nobody"] * (rng.random() < 0.1)
+    chosen += chosen[: rng.choice([0, 0, 1])]
+    segments = [Untrainable(record_id=n, reason="quarantined_image", detail="gone") for n in chosen]
+    door = LearnerDoor(broker, ClaimSettings(world_size=WORLD_SIZE))
+    if model.quarantine(step, chosen) or not chosen:
+        door.quarantine(optimizer_step=step, segments=segments)
+    else:
+        with pytest.raises(RunStopped):
+            door.quarantine(optimizer_step=step, segments=segments)

@@ -76,12 +76,14 @@ class QueueModel:
     cursor: int = 0
     seen: set[str] = field(default_factory=set)
     body_bytes: dict[str, int] = field(default_factory=dict)
+    line_bytes: dict[str, int] = field(default_factory=dict)
     payload_bytes: dict[str, int] = field(default_factory=dict)
     counters: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_bytes(self) -> int:
-        return sum(self.body_bytes.values()) + sum(self.payload_bytes.values())
+        held = (self.body_bytes, self.line_bytes, self.payload_bytes)
+        return sum(sum(sizes.values()) for sizes in held)
 
     def issue(self, request_id: str, record_ids: tuple[str, ...], *, purpose: str, is_over: bool) -> None:
         self.requests[request_id] = ModelRequest(record_ids, len(record_ids), is_over)
@@ -124,7 +126,14 @@ class QueueModel:
         return found
 
     def push(
-        self, name: str, request_id: str, policy_version: int, purpose: str, num_bytes: int, limit: int
+        self,
+        name: str,
+        request_id: str,
+        policy_version: int,
+        purpose: str,
+        num_bytes: int,
+        limit: int,
+        line_bytes: int,
     ) -> str:
         request = self.requests.get(request_id)
         if num_bytes > limit:
@@ -140,7 +149,7 @@ class QueueModel:
         self.seen.add(name)
         self.rollouts[name] = ModelRollout("pushed", purpose, policy_version=policy_version)
         self.segments[name] = None
-        self.body_bytes[name] = num_bytes
+        self.body_bytes[name], self.line_bytes[name] = num_bytes, line_bytes
         self.counters["pushed"] += 1
         if request is not None:
             request.remaining -= 1
@@ -162,7 +171,7 @@ class QueueModel:
             self.rollouts[name] = ModelRollout("rejected", "foreign", reason)
             self.counters[f"rejected:{reason}"] += 1
             return "rejected"
-        del self.body_bytes[name]
+        del self.body_bytes[name], self.line_bytes[name]
         rollout = self.rollouts[name]
         if outcome == "matched" and rollout.policy_version < oldest:
             outcome, reason = "dropped", "stale"

@@ -31,7 +31,7 @@ from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerRefused, ConfigError
 from broker_schemas.records.identity import RunIdentity
-from broker_schemas.records.packs import ReadyPack, Untrainable
+from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.rollout_servers.server_lock import server_locks
 from producers import jobs
 from producers.dispatcher import Dispatcher, DispatcherSettings
@@ -172,6 +172,16 @@ def pack_all_but_one(broker: Broker) -> None:
     assert packer.ready_depths(1) == [3]
 
 
+def take_step(learner: LearnerDoor) -> StepClaim:
+    claim = learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
+    assert claim is not None
+    assert len(learner.fetch_segments(claim.record_ids)) == claim.num_segments
+    gone = Untrainable(record_id=claim.record_ids[0], reason="quarantined_image", detail="gone")
+    learner.quarantine(optimizer_step=0, segments=[gone])
+    learner.commit_step(optimizer_step=0, summary={"loss": 1.0})
+    return claim
+
+
 @pytest.mark.req("Q-1", "O-5")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_role_does_its_whole_job_with_its_own_user(
@@ -202,13 +212,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
         for door in (learner, in_order)
     )
     assert coming == others
-    claim = learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
-    assert claim is not None
-    assert coming == claim.packs[0]
-    assert len(learner.fetch_segments(claim.record_ids)) == claim.num_segments
-    gone = Untrainable(record_id=claim.record_ids[0], reason="quarantined_image", detail="gone")
-    learner.quarantine(optimizer_step=0, segments=[gone])
-    learner.commit_step(optimizer_step=0, summary={"loss": 1.0})
+    assert coming == take_step(learner).packs[0]
     with server_locks(brokers["learner"], wait_s=5)("http://127.0.0.1:1"):
         pass
     archive = ArchiveWriter(brokers["archive"], tmp_path / "archive")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,19 @@ def test_an_image_is_looked_at_as_the_learner_will(tmp_path: Path) -> None:
     check = ImageCheck(tmp_path, RULE)
     good = ImageReference(path="a.png", width=128, height=64, grid_thw=(1, 4, 8))
     assert check.problem(good) is None
-    for path in ("gone.png", "folder.png", "text.png", "http://h/a.png", "../a.png", "a\0b", "x" * 300):
+    whole = BytesIO()
+    Image.effect_noise((128, 64), 90).convert("RGB").save(whole, "JPEG")
+    (tmp_path / "torn.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    for path in (
+        "gone.png",
+        "folder.png",
+        "text.png",
+        "torn.jpg",
+        "http://h/a.png",
+        "../a.png",
+        "a\0b",
+        "x" * 300,
+    ):
         assert check.problem(replace(good, path=path)), path
     assert "expected 64x128" in str(check.problem(replace(good, width=64, height=128)))
     assert "expected (1, 4, 8)" in str(check.problem(replace(good, grid_thw=(1, 8, 4))))

@@ -116,7 +116,7 @@ def test_an_id_is_recognised_for_at_least_the_dedup_window(broker: Broker) -> No
 
 @pytest.mark.req("Q-12")
 def test_a_full_broker_takes_nothing_and_says_so(broker: Broker) -> None:
-    sink = SegmentSink(broker, SinkSettings(max_bytes=len(a_rollout().encode_body()) + 10))
+    sink = SegmentSink(broker, SinkSettings(max_bytes=len(a_rollout().encode_body()) + 60))
     sink.push([a_rollout("a")])
     with pytest.raises(BrokerFull, match="bytes in use"):
         sink.push([a_rollout("b")])

@@ -14,6 +14,7 @@
 -- Reply: the fields of the claim; {} for not yet; {"settled"} for a step a checkpoint has covered already;
 --        {"lost"} where the broker has forgotten the claim of ARGV[9]: what it acknowledged is gone.
 go_on_at_the_limit()
+bound_unkept_log()
 local step, world, wanted = tonumber(ARGV[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local mode = ARGV[8]
 local known = redis.call('HGETALL', KEYS[4])

@@ -26,8 +26,37 @@ if fence_at then
   end
 end
 
+local BYTES_AN_EVENT = 64
 local function emit(kind, ...)
+  local size = BYTES_AN_EVENT + #kind
+  for _, text in ipairs({...}) do size = size + #tostring(text) end
+  redis.call('HINCRBY', COUNTERS, 'log_bytes', size)
   return redis.call('XADD', EVENTS, '*', 'type', kind, ...)
+end
+
+-- The log may hold an eighth of the run's byte budget besides; what is more counts against it.
+local LOG_SHARE = 8
+-- Lets go of the oldest events, none after `upto`, while the log holds more than its share, or more than `most`.
+-- At most 2,000 in one call. Returns how many.
+local function trim_log(upto, most)
+  local known = redis.call('HMGET', COUNTERS, 'log_bytes', 'budget')
+  local held, share = tonumber(known[1] or '0'), tonumber(known[2] or '1e15') / LOG_SHARE
+  local num, freed, gone = redis.call('XLEN', EVENTS), 0, 0
+  for _ = 1, 20 do
+    if held - freed <= share and num - gone <= most then break end
+    local next_id
+    for _, entry in ipairs(redis.call('XRANGE', EVENTS, '-', upto, 'COUNT', 100)) do
+      if held - freed <= share and num - gone <= most then break end
+      local ms, place = string.match(entry[1], '^(%d+)-(%d+)$')
+      next_id = ms .. '-' .. string.format('%.0f', tonumber(place) + 1)
+      freed, gone = freed + BYTES_AN_EVENT, gone + 1
+      for i = 2, #entry[2] do freed = freed + #entry[2][i] end
+    end
+    if not next_id then break end
+    redis.call('XTRIM', EVENTS, 'MINID', next_id)
+  end
+  if gone > 0 then redis.call('HINCRBY', COUNTERS, 'log_bytes', -math.min(freed, held)) end
+  return gone
 end
 
 -- At the server's own memory limit a script is refused at its first write, unless that one can only free memory.
@@ -36,6 +65,11 @@ local function go_on_at_the_limit() redis.call('HDEL', COUNTERS, 'nothing') end
 
 local function count(field, by)
   if by ~= 0 then redis.call('HINCRBY', COUNTERS, field, by) end
+end
+
+-- Bounds a log that no archive keeps; what is let go of no audit can see any more.
+local function bound_unkept_log()
+  if redis.call('EXISTS', PREFIX .. 'archive') == 0 then count('log_trimmed', trim_log('+', math.huge)) end
 end
 
 -- Calls `act` with pieces of a list: unpack() fails on a list of some thousands.

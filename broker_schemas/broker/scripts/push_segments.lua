@@ -4,7 +4,7 @@
 -- KEYS[3]  segments     stream  group `matcher`: kind, schema_version, record_id, policy_version, bytes, line
 -- KEYS[4]  seen:now     set     record ids of the current generation
 -- KEYS[5]  seen:before  set     record ids of the generation before it
--- ARGV[2]  byte budget of the run
+-- ARGV[2]  byte budget of the run: bodies with their lines, payloads, results, and the log beyond its share
 -- ARGV[3]  ids a generation of `seen` holds: at least so many of the latest are recognised
 -- ARGV[4]  largest body, bytes
 -- ARGV[5]  number of records, then the line of each, from ARGV[6]:
@@ -83,6 +83,7 @@ for i = 1, num do
     status[i] = 'no_body'
   else
     if request ~= '' then requests[request].came = requests[request].came + 1 end
+    size = size + #ARGV[5 + i] -- its line lies in the stream
     seen[id], status[i], sizes[i] = true, 'ok', size
     admitted[#admitted + 1], fresh[#fresh + 1] = i, id
     bytes = bytes + size
@@ -90,8 +91,9 @@ for i = 1, num do
   if id ~= '' and status[i] ~= 'ok' then unwanted[#unwanted + 1] = RAW .. id end
 end
 
-local used = tonumber(redis.call('HGET', COUNTERS, 'bytes') or '0')
-if bytes > 0 and used + bytes > tonumber(ARGV[2]) then
+local budget, known = tonumber(ARGV[2]), redis.call('HMGET', COUNTERS, 'bytes', 'log_bytes', 'budget')
+local used = tonumber(known[1] or '0') + math.max(0, tonumber(known[2] or '0') - budget / LOG_SHARE)
+if bytes > 0 and used + bytes > budget then
   for _, id in ipairs(fresh) do unwanted[#unwanted + 1] = RAW .. id end
   in_chunks(unwanted, function(chunk) redis.call('UNLINK', unpack(chunk)) end)
   return {'full', used}
@@ -118,6 +120,7 @@ for id, request in pairs(requests) do
   end
 end
 if #lines > 0 then emit('pushed', 'records', table.concat(lines, '\n')) end
+if known[3] ~= ARGV[2] then redis.call('HSET', COUNTERS, 'budget', ARGV[2]) end
 if redis.call('SCARD', KEYS[4]) >= tonumber(ARGV[3]) then redis.call('RENAME', KEYS[4], KEYS[5]) end
 count('pushed', #lines)
 count('duplicates', repeated)

@@ -45,4 +45,5 @@ if freed > 0 then
   emit('settled', 'optimizer_steps', last + 1, 'num_segments', num)
   count('settled_segments', num)
 end
+bound_unkept_log()
 return {freed, redis.call('ZCOUNT', KEYS[3], '-inf', '(' .. upto)}
