@@ -105,8 +105,10 @@ def candidate_ious(
     canvas = MaskCanvas(settings.maskiou_resolution)
     by_mask = candidates & is_poly
     overlap[by_mask] = bound[by_mask]
-    for row, column in np.argwhere(by_mask & (bound > 0) & (bound >= settings.maskiou_gate - RASTER_ERROR)):
-        overlap[row, column] = canvas.iou(predictions[row], ground_truth[column])
+    drawn = by_mask & (bound > 0) & (bound >= settings.maskiou_gate - RASTER_ERROR)
+    overlap[drawn] = canvas.ious(
+        [(predictions[row], ground_truth[column]) for row, column in np.argwhere(drawn).tolist()]
+    )
     return overlap
 
 

@@ -26,6 +26,13 @@ _LEXEME: Final = re.compile(
 )
 _KEY: Final = re.compile(rb"(%b)[ \t\n\r]*:[ \t\n\r]*" % _STRING, re.DOTALL)
 _GEOMETRY_LIST: Final = re.compile(rb'"(?:bbox_2d|poly)"[ \t\n\r]*:[ \t\n\r]*(?=\[)')
+# An entry as the prompt asks for it, which most are: taken whole, without looking at its lexemes one by one.
+_PLAIN_STRING: Final = rb'"[^"\\]*"'
+_PLAIN_LIST: Final = rb"\[(?:%b(?:, %b)*|\[%b, %b\](?:, \[%b, %b\])*)\]" % ((_PLAIN_STRING,) * 6)
+_PLAIN_ENTRY: Final = re.compile(
+    rb'(?:, )?("object_([0-9]{1,9})": )(\{"desc": %b, "(?:bbox_2d|poly)": (%b)\})'
+    % (_PLAIN_STRING, _PLAIN_LIST)
+)
 _OBJECT_KEY: Final = re.compile(rb"object_([0-9]+)")
 
 
@@ -70,7 +77,8 @@ def opening_offset(data: bytes) -> int | None:
 def scan_payload(data: bytes, opening: int) -> Scan:
     """Scan from the ``{`` at offset ``opening`` until depth returns to 0 or the bytes end."""
     machine = _Machine(data)
-    for found in _LEXEME.finditer(data, opening):
+    machine.take(opening, opening + 1)
+    for found in _LEXEME.finditer(data, machine.take_plain_entries(opening + 1)):
         if not machine.take(found.start(), found.end()):
             break
     return machine.result(opening)
@@ -103,6 +111,22 @@ class _Machine:
         else:
             return False  # inside a string to the end, and so inside the brace that opened it
         return bool(self._open)
+
+    def take_plain_entries(self, start: int) -> int:
+        """Take the entries from ``start``, at depth 1, that are written plainly; return where they end."""
+        while found := _PLAIN_ENTRY.match(self._data, start):
+            start = found.end()
+            self._num_opened += 1
+            self._entries.append(
+                ObjectEntry(
+                    number=int(found[2]),
+                    key_start=found.start(1),
+                    value_start=found.start(3),
+                    value_end=start,
+                    list_spans=(found.span(4),),
+                )
+            )
+        return start
 
     def _string(self, start: int) -> None:
         depth = len(self._open)

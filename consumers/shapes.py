@@ -5,7 +5,9 @@ Owns what a shape is to matching and transport; it must not know costs or assign
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -14,6 +16,8 @@ from pycocotools import mask as coco_mask
 
 MIN_PIXELS: Final = 16
 MAX_RESOLUTION: Final = 4096
+AREAS_AT_ONCE: Final = 128
+"""pycocotools fails above 255."""
 
 
 class Shape(Protocol):
@@ -86,9 +90,9 @@ def is_degenerate(shape: Shape) -> bool:
     if shape.geometry == "bbox_2d":
         x1, y1, x2, y2 = shape.bins
         return x2 <= x1 or y2 <= y1
-    arms = corners(shape) - corners(shape)[0]
-    longest = arms[np.argmax((arms**2).sum(axis=1))]
-    return bool(np.all(arms[:, 0] * longest[1] == arms[:, 1] * longest[0]))
+    (x0, y0), *others = zip(shape.bins[0::2], shape.bins[1::2], strict=True)
+    arms = [(x - x0, y - y0) for x, y in others if (x, y) != (x0, y0)]
+    return all(x * arms[0][1] == y * arms[0][0] for x, y in arms)
 
 
 def star_area(shape: Shape) -> float | None:
@@ -115,31 +119,63 @@ class MaskCanvas:
     def __init__(self, resolution: int) -> None:
         self._resolution = resolution
 
-    def iou(self, one: Shape, other: Shape) -> float:
-        """Return the mask IoU of two shapes; a degenerate one gives 0, two equal ones 1.
+    def ious(self, pairs: Sequence[tuple[Shape, Shape]]) -> list[float]:
+        """Return the mask IoU of each pair of shapes; a degenerate one gives 0, two equal ones 1.
 
         A sliver that fills no pixel of the canvas is looked at on a finer one, up to MAX_RESOLUTION.
         """
-        if is_degenerate(one) or is_degenerate(other):
-            return 0.0
-        if one.geometry == other.geometry and tuple(one.bins) == tuple(other.bins):
-            return 1.0
-        x1, y1, x2, y2 = _union(one, other)
+        shapes = {id(shape): shape for pair in pairs for shape in pair}
+        outlines = {place: _Outline.of(shape) for place, shape in shapes.items()}
+        found = [0.0] * len(pairs)
+        waiting = []
+        for index, (one, other) in enumerate(pairs):
+            first, second = outlines[id(one)], outlines[id(other)]
+            if first.is_degenerate or second.is_degenerate:
+                continue
+            if one.geometry == other.geometry and tuple(one.bins) == tuple(other.bins):
+                found[index] = 1.0
+            else:
+                waiting.append((index, first, second))
         side = self._resolution
-        while True:
-            scale = np.array([(side - 1) / (x2 - x1), (side - 1) / (y2 - y1)])
-            masks = [_rasterise((corners(shape) - (x1, y1)) * scale, side) for shape in (one, other)]
-            finer = 4 * side
-            if min(coco_mask.area(masks)) >= MIN_PIXELS or finer > MAX_RESOLUTION:
-                return float(np.nan_to_num(coco_mask.iou(masks[:1], masks[1:], [0])[0][0]))
-            side = finer
+        while waiting:
+            masks = _rasterise([(first, second) for _, first, second in waiting], side)
+            areas = _areas_of(masks)
+            is_last, too_small = 4 * side > MAX_RESOLUTION, []
+            for place, job in enumerate(waiting):
+                if min(areas[2 * place], areas[2 * place + 1]) < MIN_PIXELS and not is_last:
+                    too_small.append(job)
+                    continue
+                iou = float(coco_mask.iou([masks[2 * place]], [masks[2 * place + 1]], [0])[0, 0])
+                found[job[0]] = 0.0 if math.isnan(iou) else iou
+            waiting, side = too_small, 4 * side
+        return found
 
 
-def _union(one: Shape, other: Shape) -> list[float]:
-    boxes = extents([one, other])
-    union: list[float] = [*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)]
-    return union
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Outline:
+    """A shape ready to be drawn: its vertices (V, 2) in bins and their extent (x1, y1, x2, y2)."""
+
+    points: NDArray[np.float64]
+    extent: tuple[float, float, float, float]
+    is_degenerate: bool
+
+    @classmethod
+    def of(cls, shape: Shape) -> _Outline:
+        extent: tuple[float, float, float, float] = tuple(extents([shape])[0].tolist())
+        return cls(points=corners(shape), extent=extent, is_degenerate=is_degenerate(shape))
 
 
-def _rasterise(outline: NDArray[np.float64], side: int) -> Any:
-    return coco_mask.frPyObjects([outline.ravel().tolist()], side, side)[0]
+def _rasterise(pairs: Sequence[Sequence[_Outline]], side: int) -> Any:
+    """Return the masks of one, other, one, other and so on, each pair on a canvas over its common extent."""
+    drawn = []
+    for one, other in pairs:
+        x1, y1 = map(min, one.extent[:2], other.extent[:2])
+        x2, y2 = map(max, one.extent[2:], other.extent[2:])
+        scale = np.array([(side - 1) / (x2 - x1), (side - 1) / (y2 - y1)])
+        drawn += [((outline.points - (x1, y1)) * scale).ravel().tolist() for outline in (one, other)]
+    return coco_mask.frPyObjects(drawn, side, side)
+
+
+def _areas_of(masks: Sequence[Any]) -> list[int]:
+    parts = [masks[start : start + AREAS_AT_ONCE] for start in range(0, len(masks), AREAS_AT_ONCE)]
+    return [int(area) for part in parts for area in coco_mask.area(part)]

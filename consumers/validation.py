@@ -6,6 +6,7 @@ Owns the reasons and their order (section 4, 9); it must not know where the obje
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -16,6 +17,9 @@ from broker_schemas.records.reasons import ObjectDropReason
 Geometry = Literal["bbox_2d", "poly"]
 _GEOMETRIES: Final[tuple[Geometry, ...]] = ("bbox_2d", "poly")
 _COORDINATES: Final = tuple(coordinate_token(index) for index in range(NUM_BINS))
+_PLAIN_OBJECT: Final = re.compile(
+    rb'\{"desc": "([^"\\\x00-\x1f]*)", "(bbox_2d|poly)": (\[[^{}]*\])\}', re.DOTALL
+)
 _IS_COORDINATE: Final = frozenset(_COORDINATES)
 
 
@@ -51,6 +55,9 @@ def validate_object(
     ``seen_numbers`` are the numbers of all keys before it; ``captured_bins`` the bins of the coordinate
     tokens inside its open lists, in order.
     """
+    plain = None if number in seen_numbers else _plain_object(span, captured_bins)
+    if plain is not None:
+        return plain
     try:
         pairs: _Pairs = parse_json(span)
     except ValueError:
@@ -71,6 +78,35 @@ def validate_object(
             reason = _geometry_problem(geometry, value, captured_bins)
             return reason or ValidObject(desc=desc, geometry=geometry)
     return "unknown_geom"
+
+
+def _plain_object(span: bytes, captured_bins: Sequence[int]) -> ValidObject | None:
+    """Return the object of a span that is written plainly and has nothing against it, else None."""
+    found = _PLAIN_OBJECT.fullmatch(span)
+    if found is None:
+        return None
+    geometry: Geometry = "poly" if found[2] == b"poly" else "bbox_2d"
+    if not _is_plain_list(found[3], geometry, captured_bins):
+        return None
+    try:
+        desc = found[1].decode()
+    except ValueError:
+        return None
+    values = [_COORDINATES[index] for index in captured_bins]
+    is_wrong = _geometry_problem(geometry, values, captured_bins) is not None
+    return ValidObject(desc=desc, geometry=geometry) if desc.strip() and not is_wrong else None
+
+
+def _is_plain_list(text: bytes, geometry: Geometry, bins: Sequence[int]) -> bool:
+    """Whether ``text`` is the list of ``bins`` as it is written plainly: flat, or a polygon in points."""
+    texts = [_COORDINATES[index] for index in bins]
+    flat = '", "'.join(texts)
+    if text == f'["{flat}"]'.encode():
+        return True
+    if geometry != "poly" or len(texts) % 2:
+        return False
+    points = [f'["{x}", "{y}"]' for x, y in zip(texts[0::2], texts[1::2], strict=True)]
+    return text == f"[{', '.join(points)}]".encode()
 
 
 class _Pairs(list[tuple[str, Any]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker_schemas.method.payload import render_payload
+from consumers import scanner, validation
 from consumers.fragments import encode_fragment
 from consumers.parsing import ParsedRollout, parse_rollout
 from consumers.token_bytes import token_bytes_of
@@ -124,6 +126,20 @@ def mutated_payloads(draw: st.DrawFn) -> str:
         end = min(len(text), start + draw(st.integers(0, 12)))
         text = text[:start] + draw(st.sampled_from(["", *SNIPPETS])) + text[end:]
     return text[: draw(st.integers(0, 2 * len(text)))]
+
+
+@pytest.mark.req("M-3", "M-4")
+@given(text=mutated_payloads())
+@settings(max_examples=300, deadline=None)
+def test_what_is_written_plainly_is_read_as_it_is_in_the_long_way(text: str) -> None:
+    tokenizer = plain_tokenizer()
+    ids = encode(tokenizer, text)
+    read = parse_rollout(ids, tokenizer, coord_vocabulary(tokenizer))
+    nothing = re.compile(rb"(?!)")
+    with pytest.MonkeyPatch.context() as long_way:
+        long_way.setattr(scanner, "_PLAIN_ENTRY", nothing)
+        long_way.setattr(validation, "_PLAIN_OBJECT", nothing)
+        assert parse_rollout(ids, tokenizer, coord_vocabulary(tokenizer)) == read
 
 
 @pytest.mark.req("M-3", "M-4", "M-6", "M-7")
