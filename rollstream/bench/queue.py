@@ -24,6 +24,7 @@ from rollstream.bench.queue_processes import (
     measure_whole_way,
 )
 from rollstream.bench.queue_throughput import (
+    BODIES_ALONE,
     MemoryReport,
     TransitionCost,
     bytes_per_token,
@@ -59,6 +60,11 @@ class QueueBenchReport:
         """Rows of (what, measured, limit, met)."""
         rows = [
             (f"{row.what}, of bare", row.ratio, row.least_ratio, row.ratio >= row.least_ratio)
+            for row in self.throughput
+        ]
+        rows += [
+            (f"{row.what}, times PipelineRL", row.times, row.least_times_stream)
+            + (row.times >= row.least_times_stream,)
             for row in self.throughput
         ]
         way, memory = self.whole_way, self.memory
@@ -141,10 +147,19 @@ def _tables(report: QueueBenchReport) -> list[Table]:
         ratios = (row.ratio, min(row.ratios), max(row.ratios))
         rates = (row.records_per_s, row.bare_records_per_s)
         speed.add_row(row.what, *(f"{rate:,.0f}" for rate in rates), *(f"{ratio:.2f}" for ratio in ratios))
+    others = _table(
+        "the same against PipelineRL's stream (nothing acknowledged, nothing freed)",
+        *("records", "ours", "theirs", "times", "lowest", "highest"),
+    )
+    for row in report.throughput:
+        times = (row.times, min(row.times_stream), max(row.times_stream))
+        rates = (row.records_per_s, row.stream_records_per_s)
+        others.add_row(row.what, *(f"{rate:,.0f}" for rate in rates), *(f"{value:.1f}" for value in times))
     cost = _table("broker CPU of a record of 8 KB", "transition", "us a record")
     for part in report.transitions:
         cost.add_row(part.what, f"{part.broker_cpu_us:.1f}")
-    cost.add_row("all, in one process", f"{sum(part.broker_cpu_us for part in report.transitions):.1f}")
+    in_one = sum(part.broker_cpu_us for part in report.transitions if part.what != BODIES_ALONE)
+    cost.add_row("all, in one process", f"{in_one:.1f}")
     cost.add_row("all, over three processes", f"{report.whole_way.broker_cpu_us:.1f}")
     latency = report.latency
     slow = _table(f"push to consumer, {latency.records_per_s:g} a second", "p50 ms", "p99 ms", "max ms")
@@ -153,7 +168,7 @@ def _tables(report: QueueBenchReport) -> list[Table]:
     for item in report.growth:
         name = f"{item.num_clients} {item.role if item.num_clients > 1 else item.role.removesuffix('s')}"
         growth.add_row(name, f"{item.wall_us:.1f}", f"{item.broker_cpu_us:.1f}")
-    return [budgets, speed, cost, slow, growth]
+    return [budgets, speed, others, cost, slow, growth]
 
 
 def _table(title: str, *columns: str) -> Table:

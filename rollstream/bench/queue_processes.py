@@ -35,6 +35,7 @@ from rollstream.bench.queue_throughput import (
     plain_rollouts,
     plan_packs,
 )
+from rollstream.bench.references.record_stream import plain_records, read_records, write_records
 
 SETTLE_EVERY: Final = 8
 PACKS_IN_STEP: Final = 8
@@ -53,19 +54,30 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughputRow:
-    """One record size: medians over repetitions, CPU time of the broker for a record, and each ratio."""
+    """One record size: medians over repetitions, CPU time of the broker for a record, and each ratio.
+
+    ``ratios`` are ours over bare, ``times_stream`` ours over PipelineRL's stream, repetition by repetition.
+    """
 
     what: str
     records_per_s: float
     bare_records_per_s: float
     broker_cpu_us: float
     bare_broker_cpu_us: float
+    stream_records_per_s: float
+    stream_broker_cpu_us: float
     ratios: tuple[float, ...]
+    times_stream: tuple[float, ...]
     least_ratio: float
+    least_times_stream: float
 
     @property
     def ratio(self) -> float:
         return statistics.median(self.ratios)
+
+    @property
+    def times(self) -> float:
+        return statistics.median(self.times_stream)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +95,8 @@ def measure_throughput(url: str, seed: int, *, quick: bool) -> tuple[ThroughputR
     large = Load(url=url, num_records=8 if quick else 96, num_tokens=262_000, batch=8, seed=seed)
     num = 1 if quick else 9
     return (
-        _row("8 KB records, batches of 64", small, repetitions=num, least_ratio=0.8),
-        _row("1 MB records, batches of 8", large, repetitions=num, least_ratio=0.95),
+        _row("8 KB records, batches of 64", small, num, least_ratio=0.8, least_times_stream=3.5),
+        _row("1 MB records, batches of 8", large, num, least_ratio=0.95, least_times_stream=1.4),
     )
 
 
@@ -100,17 +112,33 @@ def measure_whole_way(url: str, seed: int, *, quick: bool) -> WholeWayReport:
     )
 
 
-def _row(what: str, load: Load, *, repetitions: int, least_ratio: float) -> ThroughputRow:
-    with _workers(load, "push", "take") as ours, _workers(load, "push bare", "take bare") as bare:
-        pairs = [(_repetition(load, ours), _repetition(load, bare)) for _ in range(repetitions + 1)][1:]
+def _row(
+    what: str, load: Load, repetitions: int, *, least_ratio: float, least_times_stream: float
+) -> ThroughputRow:
+    with (
+        _workers(load, "push", "take") as ours,
+        _workers(load, "push bare", "take bare") as bare,
+        _workers(load, "write stream", "read stream") as stream,
+    ):
+        rounds = [
+            tuple(_repetition(load, workers) for workers in (ours, bare, stream))
+            for _ in range(repetitions + 1)
+        ][1:]
+    seconds, cpu_us = ([[run[k] for run in runs] for runs in rounds] for k in (0, 1))
+    medians = [load.num_records / statistics.median(column) for column in zip(*seconds, strict=True)]
+    costs = [statistics.median(column) for column in zip(*cpu_us, strict=True)]
     return ThroughputRow(
         what=what,
-        records_per_s=load.num_records / statistics.median(one[0] for one, _ in pairs),
-        bare_records_per_s=load.num_records / statistics.median(other[0] for _, other in pairs),
-        broker_cpu_us=statistics.median(one[1] for one, _ in pairs),
-        bare_broker_cpu_us=statistics.median(other[1] for _, other in pairs),
-        ratios=tuple(other[0] / one[0] for one, other in pairs),
+        records_per_s=medians[0],
+        bare_records_per_s=medians[1],
+        stream_records_per_s=medians[2],
+        broker_cpu_us=costs[0],
+        bare_broker_cpu_us=costs[1],
+        stream_broker_cpu_us=costs[2],
+        ratios=tuple(bare_s / ours_s for ours_s, bare_s, _ in seconds),
+        times_stream=tuple(stream_s / ours_s for ours_s, _, stream_s in seconds),
         least_ratio=least_ratio,
+        least_times_stream=least_times_stream,
     )
 
 
@@ -177,7 +205,11 @@ def _workers(load: Load, *jobs: str) -> Iterator[list[_Worker]]:
 
 def serve(job: str, load: Load, orders: TextIO, answers: TextIO) -> None:
     """Do ``job`` on every run that ``orders`` name; the body of a worker's process."""
-    rollouts = plain_rollouts(random.Random(load.seed), load.num_records, num_tokens=load.num_tokens)
+    rollouts: Sequence[Any] = plain_rollouts(
+        random.Random(load.seed), load.num_records, num_tokens=load.num_tokens
+    )
+    if job == "write stream":
+        rollouts = plain_records(rollouts)
     while run := orders.readline().strip():
         broker = Broker.connect(run, BrokerAddress(url=load.url))
         if "bare" in job:
@@ -193,9 +225,9 @@ def serve(job: str, load: Load, orders: TextIO, answers: TextIO) -> None:
 
 
 def _push(broker: Broker, rollouts: Sequence[SegmentRecord], load: Load) -> None:
-    sink = SegmentSink(broker, SINK)
-    for first in range(0, len(rollouts), load.batch):
-        sink.push(rollouts[first : first + load.batch])
+    batches = (rollouts[first : first + load.batch] for first in range(0, len(rollouts), load.batch))
+    for _ in SegmentSink(broker, SINK).push_batches(batches, deadline_s=60.0):
+        pass
 
 
 def _take(broker: Broker, rollouts: Sequence[SegmentRecord], load: Load) -> None:
@@ -243,6 +275,14 @@ def _take_bare(broker: Broker, rollouts: Sequence[SegmentRecord], load: Load) ->
         num += len(rows)
 
 
+def _write_stream(broker: Broker, records: Sequence[dict[str, Any]], load: Load) -> None:
+    write_records(broker, records)
+
+
+def _read_stream(broker: Broker, records: Sequence[Any], load: Load) -> None:
+    read_records(broker, load.num_records)
+
+
 def _match_and_pack(broker: Broker, rollouts: Sequence[SegmentRecord], load: Load) -> None:
     matcher, packer = MatcherDoor(broker, "m-0"), PackerDoor(broker)
     num_matched = num_packed = 0
@@ -272,11 +312,13 @@ def _learn(broker: Broker, rollouts: Sequence[SegmentRecord], load: Load) -> Non
     door.settle_checkpoint(optimizer_step=num_steps)
 
 
-JOBS: Final[dict[str, Callable[[Broker, Sequence[SegmentRecord], Load], None]]] = {
+JOBS: Final[dict[str, Callable[[Broker, Sequence[Any], Load], None]]] = {
     "push": _push,
     "take": _take,
     "push bare": _push_bare,
     "take bare": _take_bare,
+    "write stream": _write_stream,
+    "read stream": _read_stream,
     "match and pack": _match_and_pack,
     "learn": _learn,
 }

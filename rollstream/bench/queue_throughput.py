@@ -28,6 +28,7 @@ from rollstream.history.archive import EVENTS_KEPT_IN_BROKER
 
 SINK = SinkSettings(max_bytes=8 << 30)
 SEGMENTS_IN_PACK = 8
+BODIES_ALONE = "its two bodies alone, no script"
 _RUNS = itertools.count()
 T = TypeVar("T")
 
@@ -194,8 +195,23 @@ def measure_transitions(url: str, rng: random.Random, *, num_records: int) -> tu
         part()
         cpu_us = 1e6 * (cpu_s(broker.client) - before_s) / num_records
         costs.append(TransitionCost(what=what, broker_cpu_us=cpu_us))
+    costs.append(TransitionCost(what=BODIES_ALONE, broker_cpu_us=_bodies_alone_us(broker, rollouts)))
     _forget(broker)
     return tuple(costs)
+
+
+def _bodies_alone_us(broker: Broker, rollouts: Sequence[EncodedRollout]) -> float:
+    """Return what a record costs the server whose two bodies come in, go out and are freed, and no more."""
+    client, before_s = broker.client, cpu_s(broker.client)
+    for first in range(0, len(rollouts), 64):
+        some = {
+            broker.keys.named(f"alone:{item.record_id}"): item.body for item in rollouts[first : first + 64]
+        }
+        for _ in range(2):
+            client.mset(some)
+            client.mget(list(some))
+            client.unlink(*some)
+    return 1e6 * (cpu_s(client) - before_s) / len(rollouts)
 
 
 def _each(items: Iterable[T], act: Callable[[T], object]) -> None:

@@ -57,6 +57,15 @@ def take_over(stream: dict[str, str | None], consumer: str) -> list[str]:
     return found
 
 
+def packs_to_come(door: LearnerDoor, step: int, policy_version: int) -> list[tuple[ReadyPack, ...]]:
+    """Return what each rank is shown of a coming step before it is claimed."""
+    shown = [
+        door.fetch_coming(rank, optimizer_step=step, policy_version=policy_version)
+        for rank in range(WORLD_SIZE)
+    ]
+    return [tuple(pack for pack, _ in fetched) for fetched in shown]
+
+
 def planned_pack(pack: ModelPack, members: list[PendingDescriptor]) -> PlannedPack:
     return PlannedPack(
         rank=pack.rank,

@@ -38,6 +38,7 @@ from tests.contract.live_state import check_samples, check_sums, read_live_state
 from tests.contract.queue_hands import (
     WEIGHTED,
     busiest,
+    packs_to_come,
     planned_pack,
     quarantine_some,
     segment_named,
@@ -325,9 +326,7 @@ class QueueMachine(RuleBasedStateMachine):
             with pytest.raises(RunStopped):
                 door.claim_step(optimizer_step=step, scheduled_kind=kind, policy_version=version)
             return
-        coming = [
-            door.fetch_coming(rank, optimizer_step=step, policy_version=version) for rank in range(WORLD_SIZE)
-        ]
+        coming = packs_to_come(door, step, version)
         answer = door.claim_step(optimizer_step=step, scheduled_kind=kind, policy_version=version)
         if step in model.claims:
             assert answer == model.claims[step].answer
@@ -340,7 +339,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert list(answer.record_ids) == [name for pack in expected[2] for name in pack.ids]
             assert mode == "sealed" or all(pack.policy_version >= oldest for pack in expected[2])
             if answer.kind == "B" and mode != "sealed":  # what was fetched before is what the claim gives
-                assert [tuple(pack for pack, _ in fetched) for fetched in coming] == list(answer.packs)
+                assert coming == list(answer.packs)
             model.decide(step, expected[2], answer)
             self.fetch(answer.record_ids)
 

@@ -172,6 +172,11 @@ def pack_all_but_one(broker: Broker) -> None:
     assert packer.ready_depths(1) == [3]
 
 
+def packs_to_come(learner: LearnerDoor) -> tuple[ReadyPack, ...]:
+    fetched = learner.fetch_coming(0, optimizer_step=0, policy_version=0)
+    return tuple(pack for pack, _ in fetched)
+
+
 def take_step(learner: LearnerDoor) -> StepClaim:
     claim = learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
     assert claim is not None
@@ -207,11 +212,8 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     assert read_policy(brokers["packer"]) is not None
 
     in_order = LearnerDoor(brokers["learner"], ClaimSettings(world_size=1, packs_per_rank=3))
-    coming, others = (
-        tuple(pack for pack, _ in door.fetch_coming(0, optimizer_step=0, policy_version=0))
-        for door in (learner, in_order)
-    )
-    assert coming == others
+    coming = packs_to_come(learner)
+    assert coming == packs_to_come(in_order)
     assert coming == take_step(learner).packs[0]
     with server_locks(brokers["learner"], wait_s=5)("http://127.0.0.1:1"):
         pass

@@ -18,7 +18,7 @@ def test_a_quick_run_reports_every_budget_and_keeps_those_that_no_clock_decides(
     budgets = {what: is_met for what, _, _, is_met in report.budgets}
     assert [row.least_ratio for row in report.throughput] == [0.8, 0.95]
     assert all(is_met for what, is_met in budgets.items() if "bytes" in what)
-    assert len(budgets) == 11
+    assert len(budgets) == 13
     assert report.memory.held_ratio < 1.5
     assert all(part.broker_cpu_us > 0 for part in report.transitions if part.what in ("push", "fetch"))
     assert report.whole_way.num_records == 256
