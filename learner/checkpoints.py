@@ -1,7 +1,7 @@
 """Checkpoints: whole directories that hold weights, optimizer, random state and place in the run.
 
 The weights are an ordinary Hugging Face folder; everything else is
-safetensors and JSON, so that loading one executes nothing.
+safetensors and JSON, so that loading one executes nothing. How one is written is in ``checkpoint_writing``.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from broker_schemas.errors import DataError, RunStopped
+from broker_schemas.errors import RunStopped
 from broker_schemas.method import adapter_folder
-from broker_schemas.method.adapters import AdapterPlan
-from learner.checksums import verify_checksums, write_checksums
-from learner.distributed import Ranks
-from learner.sharding import like_part, local_part
+from learner.checkpoint_contents import load_contents
+from learner.checksums import verify_checksums
+from learner.tensor_files import write_tensor_file
 from learner.trained_weights import TrainedWeights
-from learner.whole_directory import copy_companions, keep_last, numbered_directories, whole_directory
+from learner.whole_directory import copy_companions, numbered_directories
 
 PREFIX: Final = "checkpoint-"
-FORMAT: Final = 1
+FORMAT: Final = 2
+# 1: weights and optimizer in one file each, which are read like any other
+READABLE_FORMATS: Final = (1, 2)
 _STATE_FILE: Final = "trainer_state.json"
-_OPTIMIZER_FILE: Final = "optimizer.safetensors"
 _RANDOM_FILE: Final = "random_state.safetensors"
 SHARD_SIZE: Final = "4GB"
 
@@ -55,60 +55,6 @@ class TrainerState:
     recent_kinds: str = ""
 
 
-def write_checkpoint(
-    parent: Path,
-    *,
-    trained: TrainedWeights,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    companions: Path,
-    num_kept: int,
-    ranks: Ranks,
-) -> Path:
-    """Write ``checkpoint-<optimizer_step>`` whole, then drop all but the best and the ``num_kept`` latest;
-    return its path.
-
-    All ranks call it and wait however long it takes; rank 0 writes the
-    weights, every rank its part of a sharded optimizer.
-
-    ``companions`` is the model folder whose tokenizer and processor files are copied.
-    Raises RunStopped when the disk refuses; earlier checkpoints stay as they are.
-    """
-    final = parent / f"{PREFIX}{state.optimizer_step}"
-    tensors = trained.whole_tensors(keep=ranks.is_first)
-    mine = optimizer_tensors(trained, optimizer)
-    part = parent / f".part-{final.name}-{ranks.rank}"
-    if trained.is_sharded and not ranks.is_first:
-        parent.mkdir(parents=True, exist_ok=True)
-        save_file(mine, part)
-    ranks.barrier(what=f"parts of {final.name}")
-
-    def write() -> None:
-        with whole_directory(final) as staging:
-            try:
-                save_weights(trained, staging, tensors)
-                copy_companions(companions, staging)
-                save_file(mine, staging / optimizer_file(0))
-                save_file(_random_tensors(), staging / _RANDOM_FILE)
-            except SafetensorError as exc:  # a full disk comes as the library's own error
-                raise OSError(str(exc)) from exc
-            if trained.is_sharded:
-                for rank in range(1, ranks.world_size):
-                    (parent / f".part-{final.name}-{rank}").replace(staging / optimizer_file(rank))
-            body = {"format": FORMAT, **asdict(state)}
-            (staging / _STATE_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-            write_checksums(staging)
-        keep_last(parent, PREFIX, num_kept, also=state.best_step)
-
-    ranks.wait_for_first(write, what=f"writing of {final.name}")
-    return final
-
-
-def optimizer_file(rank: int) -> str:
-    """Return the name of one rank's part of the optimizer; rank 0's is all of it where nothing is sharded."""
-    return _OPTIMIZER_FILE if rank == 0 else f"optimizer-{rank}.safetensors"
-
-
 def latest_checkpoint(parent: Path) -> Path | None:
     """Return the checkpoint with the highest optimizer step, None
     without one; half-written ones do not count.
@@ -125,7 +71,7 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
         if not isinstance(body, dict):
             raise TypeError(f"got {type(body).__name__}, expected a map")
         found = body.pop("format")
-        if found != FORMAT:
+        if found not in READABLE_FORMATS:
             raise RunStopped(
                 f"{path}: got format {found}, expected {FORMAT}; use the rollstream that wrote it"
             )
@@ -155,21 +101,32 @@ def _check_values(state: TrainerState, checkpoint: Path) -> None:
 
 
 def restore_checkpoint(
-    checkpoint: Path, trained: TrainedWeights, optimizer: torch.optim.Optimizer, rank: int = 0
+    checkpoint: Path,
+    trained: TrainedWeights,
+    optimizer: torch.optim.Optimizer,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TrainerState:
-    """Load weights, optimizer and random state into what is given; return the trainer state.
+    """Load this rank's part of weights and optimizer, and the random state; return the trainer state.
 
+    The files are shared out over the ranks to be checked: all must succeed before any of them trains.
     Raises RunStopped naming the file and what does not fit.
     """
     state = read_trainer_state(checkpoint)
-    verify_checksums(checkpoint)
-    load_weights(checkpoint, trained)
-    load_optimizer_tensors(
-        _read_tensors(checkpoint / optimizer_file(rank if trained.is_sharded else 0)), trained, optimizer
-    )
+    verify_checksums(checkpoint, rank=rank, world_size=world_size)
+    load_contents(checkpoint, trained, optimizer)
     random_state = _read_tensors(checkpoint / _RANDOM_FILE)
     torch.set_rng_state(random_state["cpu"])
     return state
+
+
+def write_model_config(model: Any, staging: Path) -> None:
+    """Write the description of a model whose weights are written apart."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(staging)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(staging)
 
 
 def save_weights(
@@ -187,6 +144,14 @@ def save_weights(
         return
     kept = trained.tensors() if tensors is None else tensors
     adapter_folder.write_adapter(folder, trained.adapter, kept if dtype is None else _in_format(kept, dtype))
+
+
+def write_small_files(staging: Path, state: TrainerState, companions: Path, random_state: Tensor) -> None:
+    """Write what belongs to no rank: the companions of the weights and where the run stands."""
+    copy_companions(companions, staging)
+    write_tensor_file(staging / _RANDOM_FILE, {"cpu": random_state})
+    body = {"format": FORMAT, **asdict(state)}
+    (staging / _STATE_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
 def save_model_folder(
@@ -219,71 +184,6 @@ def save_model_weights(
     _note_dtype(folder / "config.json", tensors)
 
 
-def load_weights(folder: Path, trained: TrainedWeights) -> None:
-    """Load what ``save_weights`` wrote, to the bit; raises RunStopped."""
-    tensors = _model_tensors(folder) if trained.adapter is None else _adapter_tensors(folder, trained.adapter)
-    missing, unexpected = trained.load(tensors)
-    if missing or unexpected:
-        raise RunStopped(
-            f"{folder}: weights of another model, missing {missing[:3]}, unexpected {unexpected[:3]}; "
-            "give the model that the checkpoint was made with"
-        )
-
-
-def _model_tensors(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        kind = "an adapter" if adapter_folder.is_adapter(folder) else "no model*.safetensors"
-        raise RunStopped(f"{folder}: got {kind}, expected the weights of a whole model")
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        tensors |= _read_tensors(path)
-    return tensors
-
-
-def _adapter_tensors(folder: Path, plan: AdapterPlan) -> dict[str, Tensor]:
-    if not adapter_folder.is_adapter(folder):
-        raise RunStopped(f"{folder}: got no {adapter_folder.CONFIG_FILE}, expected an adapter of this run")
-    try:
-        stored = adapter_folder.read_adapter(folder)
-        adapter_folder.check_base(stored.plan.base, plan.base, folder)
-    except DataError as exc:
-        raise RunStopped(str(exc)) from exc
-    return stored.tensors
-
-
-def optimizer_tensors(trained: TrainedWeights, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors as ``<parameter
-    name>/<entry>``, on the CPU; empty before its first step.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trained.parameters.items():
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            # clone: AdamW's step counters may share storage, which safetensors refuses
-            tensors[f"{name}/{entry}"] = (
-                local_part(torch.as_tensor(value)).detach().cpu().clone().contiguous()
-            )
-    return tensors
-
-
-def load_optimizer_tensors(
-    tensors: dict[str, Tensor], trained: TrainedWeights, optimizer: torch.optim.Optimizer
-) -> None:
-    """Give ``optimizer`` the tensors of ``optimizer_tensors``; raises RunStopped for unknown parameters."""
-    # fused kernels keep their step counters beside the weights
-    is_fused = any(group.get("fused") for group in optimizer.param_groups)
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("/")
-        if name not in trained.parameters:
-            raise RunStopped(
-                f"optimizer state of {name}: the model trains no such parameter, expected the same model"
-            )
-        parameter = trained.parameters[name]
-        device = torch.device("cpu") if entry == "step" and not is_fused else parameter.device
-        moved = value.to(device)
-        optimizer.state[parameter][entry] = moved if entry == "step" else like_part(moved, parameter)
-
-
 def _in_format(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors in ``dtype``; what was one tensor under two names stays one."""
     turned: dict[int, Tensor] = {}
@@ -314,7 +214,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise RunStopped(
             f"{path}: cannot be read ({exc}); remove this checkpoint to resume from the one before"
         ) from exc
-
-
-def _random_tensors() -> dict[str, Tensor]:
-    return {"cpu": torch.get_rng_state()}

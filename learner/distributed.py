@@ -97,18 +97,36 @@ class Ranks:
 
         Raises what ``work`` raises, on rank 0. Other errors as ``gather``.
         """
+        self.wait_for_all(work if self.is_first else _nothing, what=what)
+
+    def wait_for_all(self, work: Callable[[], None], *, what: str) -> None:
+        """Run each rank's ``work``; return when all are done, however long that takes, as long as all live.
+
+        Raises at once what the work of this rank raises. Other errors as ``gather``.
+        """
         if self.world_size == 1:
             work()
             return
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="first-rank") as pool:
-            running = pool.submit(work) if self.is_first else None
-            is_done = False
-            while not is_done:
-                if running is not None:
-                    wait([running], timeout=min(_SIGN_OF_LIFE_S, self._stall_timeout_s / 4))
-                is_done = self.broadcast(running is None or running.done(), what=what)
-        if running is not None:
-            running.result()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="rank-work") as pool:
+            running = pool.submit(work)
+            are_done = False
+            while not are_done:
+                wait([running], timeout=min(_SIGN_OF_LIFE_S, self._stall_timeout_s / 4))
+                if running.done():
+                    running.result()
+                are_done = all(self.gather(running.done(), what=what))
+
+    def post(self, key: str, value: Any) -> None:
+        """Leave the JSON ``value`` of this rank for whoever looks for it; from any thread."""
+        if self.world_size > 1:
+            self._post(f"note/{key}/{self.rank}", value)
+
+    def posted(self, key: str) -> dict[int, Any]:
+        """Return, by rank, what ``post`` left so far under ``key``, without waiting; from any thread."""
+        found = {rank: f"rollstream/note/{key}/{rank}" for rank in range(self.world_size)}
+        return {
+            rank: json.loads(self._store.get(place)) for rank, place in found.items() if self._is_there(place)
+        }
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replace each gradient by its sum over the ranks; a missing gradient counts as zero.
@@ -251,7 +269,8 @@ def connect(
     try:
         store, _, _ = next(rendezvous(rendezvous_url, rank, world_size, timeout=timeout))
         dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
+            # a checkpoint is written from copies on the CPU, which torch asks a backend for
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("gradients", store),  # type: ignore[attr-defined]
             rank=rank,
             world_size=world_size,
@@ -272,6 +291,10 @@ def connect(
         is_stopping=is_stopping,
         local_world_size=local_world_size,
     )
+
+
+def _nothing() -> None:
+    """Work of a rank that only waits."""
 
 
 def _as_stop(body: str) -> RunStopped:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from broker_schemas.errors import RunStopped
 from learner import checkpoints, weights
+from learner.checkpoint_writing import CheckpointPlace, CheckpointWriter
 from learner.checkpoints import TrainerState
 from learner.distributed import Ranks
 from learner.early_stopping import note_evaluation, stop_reason, watched_value
@@ -24,8 +25,11 @@ from learner.step_rows import RowSources
 from learner.stop_request import StopRequest
 from learner.trained_weights import TrainedWeights, unsharded_copy
 from learner.training_log import TrainingLog
+from learner.whole_directory import remove_leftovers
 
 LOG = logging.getLogger("rollstream.learner")
+# a disk that is slower than this no longer holds training up
+_PATIENCE_WITH_DISK_S: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +74,50 @@ class Milestones:
         self._trained = trained
         self._optimizer = optimizer
         self._covered_step = -1
+        self._is_overdue = False
+        self._writer = CheckpointWriter(
+            CheckpointPlace(
+                parent=settings.checkpoints_dir,
+                companions=settings.companions,
+                num_kept=settings.num_checkpoints_kept,
+            ),
+            trained=trained,
+            optimizer=optimizer,
+            ranks=parts.ranks,
+            clock=parts.clock,
+            confirm=parts.confirm,
+            settle=self._settle,
+        )
 
     def resume(self) -> TrainerState:
         """Load the latest checkpoint that rank 0 sees, if there is one; return where the run stands."""
         found = None
         if self._ranks.is_first:
+            remove_leftovers(self._settings.checkpoints_dir)
             latest = checkpoints.latest_checkpoint(self._settings.checkpoints_dir)
             found = None if latest is None else latest.name
         name = self._ranks.broadcast(found, what="choice of the checkpoint to resume from")
         if name is None:
             return TrainerState(optimizer_step=0)
         path = self._settings.checkpoints_dir / name
-        state = checkpoints.restore_checkpoint(path, self._trained, self._optimizer, self._ranks.rank)
+        state = checkpoints.read_trainer_state(path)
         self._check_owner(path, state)
+        self._ranks.wait_for_all(lambda: self._restore(path), what=f"loading of {name}")
         self._covered_step = state.optimizer_step
         if self._ranks.is_first:
             # a kill between writing a checkpoint and settling it left the claims open
             self._broker.settle_checkpoint(optimizer_step=state.optimizer_step)
         LOG.info("resumed from %s at optimizer step %d", path, state.optimizer_step)
         return state
+
+    def _restore(self, path: Path) -> None:
+        checkpoints.restore_checkpoint(
+            path,
+            self._trained,
+            self._optimizer,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+        )
 
     def _check_owner(self, path: Path, state: TrainerState) -> None:
         ours = self._settings.run_id
@@ -175,31 +204,34 @@ class Milestones:
         return unsharded_copy(self._trained, tensors, dtype).to(self._ranks.device)
 
     def checkpoint_if_due(self, state: TrainerState) -> None:
-        """Write a checkpoint after each ``save_every_steps`` steps, and after the best evaluation so far."""
+        """Begin a checkpoint after each ``save_every_steps`` steps, and after the best evaluation so far.
+
+        While the one before is still in writing a regular one is put off, and training goes on.
+        """
         every = self._settings.save_every_steps
         is_best = state.best_step == state.optimizer_step
-        if (every > 0 and state.optimizer_step % every == 0) or is_best:
-            self.checkpoint(state)
+        is_due = every > 0 and state.optimizer_step % every == 0
+        self._is_overdue |= is_due
+        self._writer.raise_failure()
+        patience_s = _PATIENCE_WITH_DISK_S if is_due else 0.0
+        if is_best or (self._is_overdue and self._writer.is_free(within_s=patience_s)):
+            self._begin_checkpoint(state)
 
     def checkpoint(self, state: TrainerState) -> None:
-        """Write a checkpoint unless one covers this step, then settle the claims that it covers [Q-10]."""
-        done = state.optimizer_step
-        if done == self._covered_step:
-            return
-        if self._ranks.is_first:
-            self._parts.confirm()
-        started = self._parts.clock()
-        checkpoints.write_checkpoint(
-            self._settings.checkpoints_dir,
-            trained=self._trained,
-            optimizer=self._optimizer,
-            state=replace(state, run_id=self._settings.run_id),
-            companions=self._settings.companions,
-            num_kept=self._settings.num_checkpoints_kept,
-            ranks=self._ranks,
-        )
-        if self._ranks.is_first:
-            self._broker.settle_checkpoint(optimizer_step=done)
-        LOG.info("checkpoint after step %d: written in %.3f s", done - 1, self._parts.clock() - started)
-        self._covered_step = done
-        self._parts.metrics.on_checkpoint(done)
+        """Write a checkpoint unless one covers this step; return once it is durable [Q-10]."""
+        self._begin_checkpoint(state)
+        self._writer.wait()
+
+    def close(self) -> None:
+        """Let go of a checkpoint in writing; safe to call twice."""
+        self._writer.close()
+
+    def _begin_checkpoint(self, state: TrainerState) -> None:
+        self._is_overdue = False
+        if state.optimizer_step != self._covered_step:
+            self._writer.start(replace(state, run_id=self._settings.run_id))
+            self._covered_step = state.optimizer_step
+
+    def _settle(self, optimizer_step: int) -> None:
+        self._broker.settle_checkpoint(optimizer_step=optimizer_step)
+        self._parts.metrics.on_checkpoint(optimizer_step)

@@ -6,6 +6,7 @@ The second file with collectives: torch runs them inside the forward and backwar
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -93,6 +94,31 @@ def like_part(local: Tensor, whole_of: Tensor) -> Tensor:
         run_check=False,
         shape=whole_of.shape,
         stride=whole_of.stride(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldBlock:
+    """Where this rank's part of a tensor begins, and which of the ranks that hold the same one it is."""
+
+    offsets: tuple[int, ...]
+    copy: int
+    num_copies: int
+
+
+def block_of(tensor: Tensor) -> HeldBlock | None:
+    """Return which part of ``tensor`` this rank holds, None for all of it."""
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh = tensor.device_mesh
+    place = mesh.get_coordinate()
+    assert place is not None, "every rank is in the mesh"
+    chunk = tensor.__create_chunk_list__()[0]  # type: ignore[no-untyped-call]
+    is_copied = mesh.ndim == 2
+    return HeldBlock(
+        offsets=tuple(chunk.offsets),
+        copy=place[0] if is_copied else 0,
+        num_copies=mesh.size(0) if is_copied else 1,
     )
 
 

@@ -111,6 +111,7 @@ class _Loop:
 
     def close(self) -> None:
         self._rows.close()
+        self._milestones.close()
 
     def _decide(self, *, num_taken: int) -> StepClaim | FilledPacks | None:
         started = self._parts.clock()

@@ -64,6 +64,11 @@ class TrainedWeights:
         kept = found.keys() if with_base else self._kept(found)
         return {name: tensor for name, tensor in found.items() if name in kept}
 
+    def untied_tensors(self) -> dict[str, Tensor]:
+        """Return ``tensors()`` with each weight under its first name alone."""
+        aliases = {name for name, first in self._aliases() if name != first}
+        return {name: tensor for name, tensor in self.tensors().items() if name not in aliases}
+
     def whole_tensors(self, *, keep: bool, with_base: bool = False) -> dict[str, Tensor]:
         """Return copies of ``tensors()`` on the CPU, put together from all ranks; empty without ``keep``.
 

@@ -24,25 +24,56 @@ def whole_directory(final: Path) -> Iterator[Path]:
     A ``final`` that exists is replaced. On an error the staging directory is removed and what was there
     before stays. Raises RunStopped naming path and remedy when the disk refuses.
     """
-    staging = final.parent / f"{STAGING_MARK}{final.name}"
+    staging = new_staging(final)
     try:
+        with refusals_named(final):
+            yield staging
+        put_in_place(staging, final)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def new_staging(final: Path, mark: str = "") -> Path:
+    """Make an empty staging directory beside ``final``, which ``mark`` tells from those of other writers.
+
+    Raises RunStopped when the disk refuses.
+    """
+    staging = final.parent / f"{STAGING_MARK}{final.name}{mark}"
+    with refusals_named(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        yield staging
+    return staging
+
+
+def put_in_place(staging: Path, final: Path) -> None:
+    """Bring a staging directory to the disk and rename it to ``final``; raises RunStopped."""
+    with refusals_named(final):
         for path in sorted(staging.rglob("*")):
             if path.is_file():
                 path.chmod(READABLE)  # the weights are read by servers of other users; some writers make 0600
             _sync(path)
         _sync(staging)
         _move_into_place(staging, final)
+
+
+@contextmanager
+def refusals_named(final: Path) -> Iterator[None]:
+    """Turn what a disk refuses into RunStopped that names ``final`` and the remedy."""
+    try:
+        yield
     except OSError as exc:
         raise RunStopped(
             f"{final}: cannot be written ({exc.strerror or exc}); what was there before is untouched, "
             "free some space and resume"
         ) from exc
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what writers that were killed have left in ``parent``."""
+    for mark in (STAGING_MARK, ASIDE_MARK):
+        for path in parent.glob(f"{mark}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def numbered_directories(parent: Path, prefix: str) -> list[tuple[int, Path]]:

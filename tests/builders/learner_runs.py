@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from prometheus_client import CollectorRegistry
+from safetensors.torch import load_file
 
 from learner.attention import choose_attention, use_attention
+from learner.checkpoint_writing import CheckpointPlace, CheckpointWriter
+from learner.checkpoints import PREFIX, TrainerState
 from learner.distributed import Ranks
 from learner.losses import LossSettings
 from learner.metrics import LearnerMetrics
@@ -20,6 +24,7 @@ from learner.settings import LearnerSettings
 from learner.step_rows import RowSources
 from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome, run_learner
+from learner.trained_weights import TrainedWeights
 from learner.training_log import TrainingLog
 from tests.builders.learner_fakes import FakeBroker, FakeGroundTruth, FakePixels
 from tests.builders.learners import COLLATION, COORD_IDS, tiny_model
@@ -93,3 +98,34 @@ def run_one(
 
 def one_rank() -> Ranks:
     return Ranks(rank=0, world_size=1, device=torch.device("cpu"), stall_timeout_s=60)
+
+
+def write_checkpoint(
+    parent: Path,
+    *,
+    trained: TrainedWeights,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    companions: Path,
+    num_kept: int,
+    ranks: Ranks,
+) -> Path:
+    """Write a checkpoint, wait until it is durable, return its folder."""
+    writer = CheckpointWriter(
+        CheckpointPlace(parent=parent, companions=companions, num_kept=num_kept),
+        trained=trained,
+        optimizer=optimizer,
+        ranks=ranks,
+        clock=time.monotonic,
+    )
+    writer.start(state)
+    writer.wait()
+    return parent / f"{PREFIX}{state.optimizer_step}"
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a folder, in however many files they are."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found

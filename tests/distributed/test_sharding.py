@@ -8,17 +8,19 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from broker_schemas.errors import ConfigError
 from broker_schemas.method.adapter_folder import read_adapter
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
+from learner.checkpoints import restore_checkpoint
+from learner.optimization import OptimizationSettings, build_optimizer
 from learner.packed_forward import RowLoss
 from learner.sharding import Sharding, local_part, place_model
+from learner.trained_weights import TrainedWeights
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker, step_packs
-from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for
+from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for, weights_in
 from tests.builders.learners import adapter_settings, tiny_model
 from tests.distributed.rank_processes import meet, run_ranks
 
@@ -70,6 +72,9 @@ def _all_in_turn(rank: int, folder: Path) -> None:
     _run(rank, folder, "cut@2", FakeBroker(2), sharding="full")
     broken = FakeBroker(2, change_segment=_broken_segment)
     _run(rank, folder, "quarantined", broken, sharding="full", max_steps=2)
+    _run(rank, folder, "mixed@1", FakeBroker(2), max_steps=4)
+    _run(rank, folder, "mixed@2", FakeBroker(2), sharding="full")
+    _run(rank, folder, "hybrid", FakeBroker(2), sharding="hybrid")
     _run(rank, folder, "uneven-none", UnevenBroker(2))
     _run(rank, folder, "uneven-full", UnevenBroker(2), sharding="full")
     _run(rank, folder, "bf16", FakeBroker(2), sharding="full", precision="bf16")
@@ -96,7 +101,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return dict(load_file(folder / name / "checkpoints" / f"checkpoint-{NUM_STEPS}" / "model.safetensors"))
+    return weights_in(folder / name / "checkpoints" / f"checkpoint-{NUM_STEPS}")
 
 
 def adapter_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -105,12 +110,45 @@ def adapter_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.req("L-3")
-@pytest.mark.parametrize("name", ["full", "cut"])
+@pytest.mark.parametrize("name", ["full", "cut", "mixed", "hybrid"])
 def test_a_sharded_run_has_the_losses_norms_and_weights_of_a_whole_one(folder: Path, name: str) -> None:
     assert rows_of(folder, name) == rows_of(folder, "none")
     expected, found = weights_of(folder, "none"), weights_of(folder, name)
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.req("L-6")
+@pytest.mark.parametrize("name", ["full", "hybrid"])
+def test_one_rank_reads_what_two_have_written_in_parts(folder: Path, name: str) -> None:
+    checkpoint = folder / name / "checkpoints" / "checkpoint-4"
+    files = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    assert files == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "optimizer-1.safetensors",
+        "optimizer.safetensors",
+        "random_state.safetensors",
+    ]
+    found, expected = (
+        _restored(path) for path in (checkpoint, folder / "none" / "checkpoints" / "checkpoint-4")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def _restored(checkpoint: Path) -> dict[str, torch.Tensor]:
+    model = tiny_model(seed=9)
+    optimizer = build_optimizer(model.named_parameters(), OptimizationSettings())
+    trained = TrainedWeights(model)
+    assert restore_checkpoint(checkpoint, trained, optimizer).optimizer_step == 4
+    moments = {
+        f"{name}/{entry}": value
+        for name, parameter in trained.parameters.items()
+        for entry, value in optimizer.state[parameter].items()
+    }
+    return trained.untied_tensors() | moments
 
 
 @pytest.mark.timeout(600)

