@@ -139,8 +139,8 @@ def optimizer_file(rank: int) -> str:
 def load_contents(checkpoint: Path, trained: TrainedWeights, optimizer: torch.optim.Optimizer) -> None:
     """Give weights and optimizer what ``checkpoint`` holds of this rank's part, each read in place.
 
-    It need not have been written by as many ranks, or spread as here. Raises RunStopped naming what does not
-    fit.
+    It need not have been written by as many ranks, or spread as here.
+    Raises RunStopped naming what does not fit.
     """
     reader = BlockReader(checkpoint)
     metadata = reader.read_metadata()

@@ -49,12 +49,12 @@ class CheckpointPlace:
     num_kept: int
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class CheckpointTimes:
     """Seconds since they were last taken: ``held_s`` of training, ``durable_s`` of checkpoints finished."""
 
-    held_s: float = 0.0
-    durable_s: float = 0.0
+    held_s: float
+    durable_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,8 @@ class CheckpointWriter:
         self._settle = settle
         self._running: Future[None] | None = None
         self._is_leaving = threading.Event()
-        self._times = CheckpointTimes()
+        self._held_s = 0.0
+        self._durable_s: list[float] = []
 
     def start(self, state: TrainerState) -> None:
         """Copy what this rank saves and begin to write it; a checkpoint in writing is waited for.
@@ -137,7 +138,7 @@ class CheckpointWriter:
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running = pool.submit(self._finish, write, writer, blocks)
         pool.shutdown(wait=False)
-        self._times.held_s += self._clock() - started
+        self._held_s += self._clock() - started
 
     def wait(self) -> None:
         """Return when no checkpoint is in writing on any rank, however long that takes; raises RunStopped."""
@@ -147,7 +148,7 @@ class CheckpointWriter:
         started = self._clock()
         self._ranks.wait_for_all(running.result, what="end of the writing of a checkpoint")
         self._running = None
-        self._times.held_s += self._clock() - started
+        self._held_s += self._clock() - started
 
     def is_free(self, *, within_s: float) -> bool:
         """Return whether no rank is writing, waiting ``within_s`` at most for those that are.
@@ -161,7 +162,7 @@ class CheckpointWriter:
         self.raise_failure()
         are_done = all(self._ranks.gather(self._running.done(), what="state of a checkpoint"))
         self._running = None if are_done else self._running
-        self._times.held_s += self._clock() - started
+        self._held_s += self._clock() - started
         return are_done
 
     def raise_failure(self) -> None:
@@ -171,8 +172,10 @@ class CheckpointWriter:
 
     def take_times(self) -> CheckpointTimes:
         """Return the seconds since the last call."""
-        times, self._times = self._times, CheckpointTimes()
-        return times
+        held_s, self._held_s = self._held_s, 0.0
+        # appended to by the writing thread meanwhile
+        durable_s = sum(self._durable_s.pop() for _ in range(len(self._durable_s)))
+        return CheckpointTimes(held_s=held_s, durable_s=durable_s)
 
     def close(self) -> None:
         """Let a checkpoint in writing end, if that takes seconds; safe to call twice."""
@@ -222,7 +225,7 @@ class CheckpointWriter:
         keep_last(self._place.parent, PREFIX, self._place.num_kept, also=write.state.best_step)
         self._settle(write.state.optimizer_step)
         taken_s = self._clock() - write.started
-        self._times.durable_s += taken_s
+        self._durable_s.append(taken_s)
         LOG.info("checkpoint after step %d: durable after %.3f s", write.state.optimizer_step - 1, taken_s)
 
     def _write_description(self, write: _Write) -> None:

@@ -68,6 +68,10 @@ class PackedRow:
     def num_tokens(self) -> int:
         return int(self.input_ids.shape[1])
 
+    @property
+    def num_patches(self) -> int:
+        return 0 if self.pixel_values is None else int(self.pixel_values.shape[0])
+
     def to(self, device: torch.device) -> PackedRow:
         """Return the row on ``device``."""
         return PackedRow(

@@ -26,6 +26,15 @@ LOSS_TERMS: Final = {
     "duplicates": "loss_duplicates",
 }
 
+MILESTONES: Final = {
+    "load_s": "load",
+    "publication_s": "publication",
+    "sync_s": "sync",
+    "checkpoint_s": "checkpoint",
+    "checkpoint_held_s": "checkpoint_held",
+}
+"""Column of the training log -> label value."""
+
 
 class LearnerMetrics:
     """Counts of one learner process. Label values: kinds A and B,
@@ -36,6 +45,7 @@ class LearnerMetrics:
         self._declare_steps(registry)
         self._declare_queue(registry)
         self._declare_progress(registry)
+        self._declare_costs(registry)
         for kind in ("A", "B"):
             for labelled in (self._steps, self._segments, self._tokens):
                 labelled.labels(kind)
@@ -116,6 +126,26 @@ class LearnerMetrics:
             registry=registry,
         )
 
+    def _declare_costs(self, registry: CollectorRegistry) -> None:
+        self._utilisation = Gauge(
+            "rollstream_learner_model_flops_ratio",
+            "Operations of the model in the last step over its devices' peak",
+            registry=registry,
+        )
+        self._peak_memory = Gauge(
+            "rollstream_learner_peak_memory_bytes",
+            "Most memory of any rank: of the GPU in the last step, of the process on a CPU",
+            registry=registry,
+        )
+        self._milestone_seconds = Counter(
+            "rollstream_learner_milestone_seconds_total",
+            "Seconds of loading, publications, syncs and checkpoints; held: training waited for a checkpoint",
+            ["what"],
+            registry=registry,
+        )
+        for what in MILESTONES.values():
+            self._milestone_seconds.labels(what)
+
     def on_step(self, claim: StepClaim, joined: RankPart, row: LogRow) -> None:
         """Note a trained step: its claim, what all ranks did, and its log row."""
         kind = claim.kind
@@ -136,6 +166,10 @@ class LearnerMetrics:
             self._lag.observe(lag)
         for fill in joined.fills:
             self._fill.labels(kind).observe(fill)
+        self._utilisation.set(float(row.get("model_flops_utilisation", 0.0)))
+        self._peak_memory.set(max(joined.peak_memory_bytes, default=0))
+        for column, what in MILESTONES.items():
+            self._milestone_seconds.labels(what).inc(float(row.get(column, 0.0)))
         for name, count in joined.counters.items():
             self._rollouts.labels(name).inc(count)
 

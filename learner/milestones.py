@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,7 @@ class Milestones:
         self._optimizer = optimizer
         self._covered_step = -1
         self._is_overdue = False
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._writer = CheckpointWriter(
             CheckpointPlace(
                 parent=settings.checkpoints_dir,
@@ -100,10 +102,11 @@ class Milestones:
         if name is None:
             return TrainerState(optimizer_step=0)
         path = self._settings.checkpoints_dir / name
-        state = checkpoints.read_trainer_state(path)
+        state, started = checkpoints.read_trainer_state(path), self._parts.clock()
         self._check_owner(path, state)
         self._ranks.wait_for_all(lambda: self._restore(path), what=f"loading of {name}")
         self._covered_step = state.optimizer_step
+        self._seconds["load_s"] = self._parts.clock() - started
         if self._ranks.is_first:
             # a kill between writing a checkpoint and settling it left the claims open
             self._broker.settle_checkpoint(optimizer_step=state.optimizer_step)
@@ -163,6 +166,8 @@ class Milestones:
                 policy_version=policy_version, optimizer_step=state.optimizer_step, weights_path=str(path)
             )
             taken_s = self._parts.clock() - started
+            self._seconds["publication_s"] += written_s
+            self._seconds["sync_s"] += taken_s - written_s
             LOG.info("%s: written in %.3f s, current after %.3f s", what, written_s, taken_s)
 
         self._ranks.wait_for_first(write, what=f"end of the {what}")
@@ -221,6 +226,18 @@ class Milestones:
         """Write a checkpoint unless one covers this step; return once it is durable [Q-10]."""
         self._begin_checkpoint(state)
         self._writer.wait()
+
+    def take_seconds(self) -> LogRow:
+        """Return the seconds since the last call: of loading a checkpoint, of writing policies and handing
+        them to the servers, of checkpoints until durable, and how long they held training up [L-11].
+        """
+        seconds, self._seconds = self._seconds, defaultdict(float)
+        times = self._writer.take_times()
+        return {
+            **{name: seconds[name] for name in ("load_s", "publication_s", "sync_s")},
+            "checkpoint_s": times.durable_s,
+            "checkpoint_held_s": times.held_s,
+        }
 
     def close(self) -> None:
         """Let go of a checkpoint in writing; safe to call twice."""

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from broker_schemas.records.packs import StepClaim, Untrainable
+from learner.step_costs import ModelWork
 from learner.step_rows import LoadedRow
 from learner.train_step import LossSums, StepUpdate
 
@@ -21,7 +22,7 @@ class RankPart:
     """One rank's part of a step, gathered while it runs and told to all ranks as JSON.
 
     ``busy_s``: computing; ``wait_s``: waiting for the decision and for rows; ``broken``: segments that
-    cannot be trained.
+    cannot be trained. ``peak_memory_bytes``: of each rank.
     """
 
     sums: LossSums = field(default_factory=LossSums)
@@ -30,6 +31,7 @@ class RankPart:
     fills: list[float] = field(default_factory=list)
     busy_s: float = 0.0
     wait_s: float = 0.0
+    peak_memory_bytes: list[int] = field(default_factory=list)
     is_stop_requested: bool = False
     broken: list[Untrainable] = field(default_factory=list)
 
@@ -68,8 +70,27 @@ def join_parts(parts: Sequence[RankPart]) -> RankPart:
         joined.busy_s += part.busy_s / len(parts)
         joined.wait_s += part.wait_s / len(parts)
         joined.broken += part.broken
+        joined.peak_memory_bytes += part.peak_memory_bytes
         joined.is_stop_requested = joined.is_stop_requested or part.is_stop_requested
     return joined
+
+
+def cost_columns(
+    joined: RankPart, work: ModelWork, *, step_s: float, peak_flops_per_s: float | None
+) -> LogRow:
+    """Return what a step cost: tokens and operations a second over all ranks, peak memory by rank [L-11].
+
+    ``model_flops_utilisation`` is there where the devices' peak, ``peak_flops_per_s`` of one, is known.
+    """
+    sums, peaks = joined.sums, joined.peak_memory_bytes
+    flops_per_s = work.flops(sums.num_tokens, sums.num_patches, sums.num_supervised) / max(step_s, 1e-9)
+    columns: LogRow = {
+        "tokens_per_s": sums.num_tokens / max(step_s, 1e-9),
+        "model_tflops_per_s": flops_per_s / 1e12,
+    }
+    if peak_flops_per_s is not None:
+        columns["model_flops_utilisation"] = flops_per_s / (len(peaks) * peak_flops_per_s)
+    return columns | {f"memory/peak_gb_{rank}": peak / 1e9 for rank, peak in enumerate(peaks)}
 
 
 def log_row(claim: StepClaim, joined: RankPart, update: StepUpdate, *, step_s: float, time_ms: int) -> LogRow:

@@ -24,8 +24,9 @@ from learner.packed_forward import RowLoss
 from learner.quarantine import take_out
 from learner.settings import LearnerSettings
 from learner.sharding import local_part, place_model
+from learner.step_costs import peak_flops, peak_memory_bytes, work_of
 from learner.step_decision import FilledPacks, decide_step, scheduled_kind
-from learner.step_report import RankPart, join_parts, log_row
+from learner.step_report import RankPart, cost_columns, join_parts, log_row
 from learner.step_rows import LoadedRow, RowLoader
 from learner.step_surroundings import REALISED_RATIO_STEPS, queue_columns, realised_ratio
 from learner.train_step import StepUpdate, run_micro_steps, update_weights
@@ -80,6 +81,7 @@ class _Loop:
         # a sharded model has its float32 weights and casts them layer by layer
         self._trained = TrainedWeights(parts.model, settings.precision if is_whole else "float32", adapter)
         self._optimizer = build_optimizer(self._trained.parameters.items(), settings.optimization)
+        self._work, self._peak_flops_per_s = work_of(parts.model), peak_flops(parts.ranks.device)
         self._milestones = Milestones(parts, settings, self._trained, self._optimizer)
         self._state = TrainerState(optimizer_step=0)
         self._rows = RowLoader(
@@ -148,6 +150,7 @@ class _Loop:
                 decision = claim
                 continue
             part.busy_s = clock() - started - (part.wait_s - decided_in_s)
+            part.peak_memory_bytes = [peak_memory_bytes(self._ranks.device)]
             part.is_stop_requested = self._parts.stop.is_set
             arrived = clock()
             joined = self._join(claim, part)
@@ -263,7 +266,8 @@ class _Loop:
         )
         time_ms = int(self._parts.wall_clock() * 1000)
         row = log_row(claim, joined, update, step_s=step_s, time_ms=time_ms)
-        row |= realised_ratio(recent_kinds)
+        row |= realised_ratio(recent_kinds) | self._milestones.take_seconds()
+        row |= cost_columns(joined, self._work, step_s=step_s, peak_flops_per_s=self._peak_flops_per_s)
         self._parts.metrics.on_step(claim, joined, row)
         if self._ranks.is_first:
             broker = self._parts.sources.broker

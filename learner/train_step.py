@@ -43,6 +43,8 @@ class LossSums:
     num_tail_slots: float = 0.0
     num_segments: int = 0
     num_tokens: int = 0
+    num_patches: int = 0
+    num_supervised: int = 0
     num_rows: int = 0
 
     def __add__(self, other: LossSums) -> LossSums:
@@ -90,7 +92,7 @@ def run_micro_steps(
         on_device = row.to(device)
         total, losses = row_loss(on_device, loss_settings)
         torch.autograd.backward(total / num_segments_in_step)
-        of_row = _sums_of(losses, row.num_tokens)
+        of_row = _sums_of(losses, row)
         if broken is not None and not math.isfinite(of_row.total):
             broken += without_a_number(losses)
         sums = sums + of_row
@@ -140,12 +142,14 @@ def gradient_norm(gradients: Sequence[Tensor], ranks: Ranks) -> float:
     return float(total.sqrt().to(torch.float32))
 
 
-def _sums_of(losses: SegmentLosses, num_tokens: int) -> LossSums:
+def _sums_of(losses: SegmentLosses, row: PackedRow) -> LossSums:
     names = [f.name for f in fields(losses) if f.name != "record_ids"]
     summed = torch.stack([getattr(losses, name).detach().sum() for name in names]).tolist()
     return LossSums(
         **dict(zip(names, summed, strict=True)),
         num_segments=len(losses.record_ids),
-        num_tokens=num_tokens,
+        num_tokens=row.num_tokens,
+        num_patches=row.num_patches,
+        num_supervised=int(row.kept_positions.numel()),
         num_rows=1,
     )

@@ -18,6 +18,7 @@ from broker_schemas.errors import ConfigError
 from learner.collation import PackedRow
 from learner.packed_forward import position_rule_of
 from learner.sharding import Precision
+from learner.step_costs import peak_flops, work_of
 from rollstream.doctor.memory_meter import measure_peak
 from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, probe_row
 from rollstream.models.model_shape import shape_of_config
@@ -26,7 +27,6 @@ from rollstream.models.practice_learner import PracticeLearner, PracticeSettings
 from rollstream.models.practice_rows import RowShape, practice_row
 
 CPU_LAYERS: Final = 2
-PEAK_FLOPS: Final = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,7 @@ def run_learner_bench(
     shape = RowShape(num_segments=2 if quick else num_segments, image_grid=(12, 16))
     measured = _measure(PracticeLearner(config, settings, device), config, shape, 2 if quick else num_steps)
     probed = probe_row(config, replace(settings, first_coordinate_id=PROBE_FIRST_COORDINATE))
+    peak = peak_flops(device)
     loss_bytes = 3 * 4 * min(settings.loss_chunk_positions, shape.num_supervised) * sizes.num_rows
     return LearnerBench(
         size=size,
@@ -115,7 +116,7 @@ def run_learner_bench(
         num_tokens=shape.num_tokens,
         tokens_per_s=shape.num_tokens / measured.step_s,
         flops_per_s=measured.flops / measured.step_s,
-        utilisation=_utilisation(measured.flops / measured.step_s, device),
+        utilisation=None if peak is None else measured.flops / measured.step_s / peak,
         predicted_row_bytes=probed.row_bytes(shape.num_tokens, shape.num_patches) + loss_bytes,
         step_s=measured.step_s,
         plain_step_s=measured.plain_step_s,
@@ -150,7 +151,7 @@ def _measure(practice: PracticeLearner, config: Any, shape: RowShape, num_steps:
     plain_row_bytes = measure_peak(plain.backward, device)
     return _Measured(
         loss=loss,
-        flops=_flops(practice.model, shape),
+        flops=work_of(practice.model).flops(shape.num_tokens, shape.num_patches, shape.num_supervised),
         step_s=step_s,
         plain_step_s=plain_step_s,
         row_bytes=row_bytes,
@@ -207,23 +208,6 @@ def _median_s(work: Callable[[], Any], num_times: int, device: torch.device) -> 
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
-
-
-def _flops(model: Any, shape: RowShape) -> float:
-    """Return what a step computes: six a weight and token; the embedding is a look-up."""
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
-    vision = sum(p.numel() for name, p in model.named_parameters() if "visual." in name)
-    text = sum(p.numel() for name, p in model.named_parameters() if "visual." not in name)
-    text -= embedding.numel() + (0 if head is embedding else head.numel())
-    return 6.0 * float(
-        text * shape.num_tokens + vision * shape.num_patches + head.numel() * shape.num_supervised
-    )
-
-
-def _utilisation(flops_per_s: float, device: torch.device) -> float | None:
-    name = _device_name(device)
-    return next((flops_per_s / peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def _device_name(device: torch.device) -> str:

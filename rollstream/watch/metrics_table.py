@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from broker_schemas.broker.status import RunStatus
 from consumers.metrics import MatcherMetrics, PackerMetrics
-from learner.metrics import LOSS_TERMS, LearnerMetrics
+from learner.metrics import LOSS_TERMS, MILESTONES, LearnerMetrics
 from producers.metrics import DispatcherMetrics, ProducerMetrics
 from rollstream.history.archive_metrics import ArchiveMetrics
 from rollstream.watch.broker_snapshot import BrokerSnapshot, GroupState
@@ -47,6 +47,9 @@ TRAINING_LOG: Final = {
     "rollstream_learner_grad_norm": "grad_norm",
     "rollstream_learner_learning_rate": "learning_rate",
     "rollstream_learner_policy_version": "policy_version",
+    "rollstream_learner_model_flops_ratio": "model_flops_utilisation",
+    "rollstream_learner_peak_memory_bytes": "memory/peak_gb_&lt;rank&gt;",
+    "rollstream_learner_milestone_seconds_total": ", ".join(MILESTONES),
     "rollstream_evaluation": "the label's value",
     "rollstream_learner_checkpoint_steps": "optimizer_step",
 }

@@ -129,3 +129,13 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("model*.safetensors")):
         found |= load_file(path)
     return found
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the training log without what the machine's speed and memory decide."""
+    measured = ("tokens_per_s", "model_tflops_per_s", "model_flops_utilisation", "time_ms")
+    return {
+        key: value
+        for key, value in row.items()
+        if key not in measured and not key.endswith("_s") and not key.startswith("memory/")
+    }

@@ -20,7 +20,7 @@ from learner.sharding import Sharding, local_part, place_model
 from learner.trained_weights import TrainedWeights
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker, step_packs
-from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for, weights_in
+from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for, untimed, weights_in
 from tests.builders.learners import adapter_settings, tiny_model
 from tests.distributed.rank_processes import meet, run_ranks
 
@@ -31,7 +31,6 @@ ADAPTER_RUNS: dict[str, dict[str, Any]] = {
     "adapter-bf16": {"sharding": "full", "precision": "bf16"},
     "adapter-bf16-none": {"precision": "bf16"},
 }
-TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
 
 
 class UnevenBroker(FakeBroker):
@@ -97,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     rows = read_json_lines(folder / name / "train_log.jsonl")
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [untimed(row) for row in rows]
 
 
 def weights_of(folder: Path, name: str) -> dict[str, torch.Tensor]:

@@ -21,16 +21,15 @@ from learner.stop_request import StopRequest
 from learner.train_loop import LearnerOutcome
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker
-from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for, weights_in
+from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for, untimed, weights_in
 from tests.distributed.rank_processes import meet, run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     rows = read_json_lines(folder / name / "train_log.jsonl")
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [untimed(row) for row in rows]
 
 
 def final_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:

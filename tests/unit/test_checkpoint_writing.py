@@ -17,9 +17,8 @@ from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker
 from tests.builders.learner_runs import one_rank, run_one, settings_for
 
-pytestmark = pytest.mark.req("L-6")
 
-
+@pytest.mark.req("L-6", "L-11")
 def test_training_goes_on_while_a_checkpoint_is_written_and_its_claims_stay_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,6 +38,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_its_claims_stay_open
     settings = settings_for(tmp_path, "run", is_policy_published=False)
     run_one(one_rank(), settings, broker)
 
+    rows = read_json_lines(tmp_path / "run" / "train_log.jsonl")
+    assert sum(row["checkpoint_s"] for row in rows) > 0
+    assert all(row["tokens_per_s"] > 0 and row["memory/peak_gb_0"] > 0 for row in rows)
     commits = [number for what, number in broker.told if what == "commit"]
     settled = [number for what, number in broker.told if what == "settle"]
     assert commits == [0, 1, 2, 3, 4, 5]
@@ -49,6 +51,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_its_claims_stay_open
     assert not (settings.checkpoints_dir / "checkpoint-4").exists(), "put off until the disk was free"
 
 
+@pytest.mark.req("L-6")
 def test_a_disk_that_refuses_a_checkpoint_in_the_background_ends_the_run_and_keeps_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +70,7 @@ def test_a_disk_that_refuses_a_checkpoint_in_the_background_ends_the_run_and_kee
     assert ("settle", 4) not in broker.told
 
 
+@pytest.mark.req("L-6")
 def test_what_a_killed_writer_left_is_removed_when_the_run_goes_on(tmp_path: Path) -> None:
     settings = settings_for(tmp_path, "run", max_steps=2)
     left_over = settings.checkpoints_dir / ".writing-checkpoint-2-0a1b2c3d"
@@ -77,6 +81,7 @@ def test_what_a_killed_writer_left_is_removed_when_the_run_goes_on(tmp_path: Pat
     assert len(read_json_lines(tmp_path / "run" / "train_log.jsonl")) == 2
 
 
+@pytest.mark.req("L-6")
 def test_each_rank_checks_the_contents_of_its_share_of_the_files_alone(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(name.encode() * 100)

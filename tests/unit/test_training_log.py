@@ -14,11 +14,14 @@ from broker_schemas.errors import RunStopped
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.run_status import RunStatus
 from learner.metrics import LearnerMetrics
-from learner.step_report import RankPart, join_parts, log_row
+from learner.model_parts import freeze_parts
+from learner.step_costs import ModelWork, work_of
+from learner.step_report import RankPart, cost_columns, join_parts, log_row
 from learner.step_surroundings import queue_columns, realised_ratio
 from learner.train_step import LossSums, StepUpdate
 from learner.training_log import TrainingLog
 from rollstream.run_folder import read_json_lines
+from tests.builders.learners import tiny_model
 
 UPDATE = StepUpdate(grad_norm=2.5, learning_rate=1e-3)
 PACK = ReadyPack(pack_id="p-0", record_ids=("a", "b"), lengths=(10, 20), policy_version=3, fill=0.5)
@@ -212,3 +215,34 @@ def test_nothing_is_logged_into_a_file_that_is_no_longer_there(how: str, tmp_pat
 
         with pytest.raises(RunStopped, match="moved, replaced or removed"):
             log.write({"optimizer_step": 1})
+
+
+@pytest.mark.req("L-11")
+def test_what_a_step_cost_is_over_all_ranks_and_memory_by_rank() -> None:
+    work = ModelWork(per_token=1e9, per_patch=2e9, per_supervised=0.0)
+    joined = join_parts([part(peak_memory_bytes=[3 * 10**9]), part(peak_memory_bytes=[2 * 10**9])])
+    assert cost_columns(joined, work, step_s=0.5, peak_flops_per_s=1e12) == {
+        "tokens_per_s": 120.0,
+        "model_tflops_per_s": pytest.approx(0.12),
+        "model_flops_utilisation": pytest.approx(0.06),
+        "memory/peak_gb_0": 3.0,
+        "memory/peak_gb_1": 2.0,
+    }
+    unknown = cost_columns(joined, work, step_s=0.5, peak_flops_per_s=None)
+    assert "model_flops_utilisation" not in unknown
+
+
+@pytest.mark.req("L-11")
+def test_frozen_weights_cost_less_and_none_is_counted_twice() -> None:
+    model = tiny_model()
+    head = model.get_output_embeddings().weight
+    vision = sum(p.numel() for name, p in model.named_parameters() if "visual." in name)
+    text = sum(p.numel() for name, p in model.named_parameters()) - vision - head.numel()
+    assert work_of(model) == ModelWork(
+        per_token=6.0 * text, per_patch=6.0 * vision, per_supervised=6.0 * head.numel()
+    )
+    freeze_parts(model, ("vision", "merger"))
+    head.requires_grad_(False)
+    assert work_of(model) == ModelWork(
+        per_token=6.0 * text, per_patch=2.0 * vision, per_supervised=4.0 * head.numel()
+    )

@@ -106,6 +106,24 @@ _STEPS = Row(
             ),
         ),
         Panel(
+            title="Model FLOPs utilisation",
+            meaning="Of the last step, over the peak of its GPUs; 0 where that is not known.",
+            unit="percentunit",
+            queries=(Query(f"max({series('rollstream_learner_model_flops_ratio')})", "utilisation"),),
+        ),
+        Panel(
+            title="Peak memory",
+            meaning="Most of any rank.",
+            unit="bytes",
+            queries=(Query(f"max({series('rollstream_learner_peak_memory_bytes')})", "peak"),),
+        ),
+        Panel(
+            title="Checkpoints, publications, syncs",
+            meaning="Seconds each second; checkpoint_held is what training waited for checkpoints.",
+            unit="percentunit",
+            queries=(Query(rank_rate("rollstream_learner_milestone_seconds_total", by="what"), "{{what}}"),),
+        ),
+        Panel(
             title="Decided steps",
             meaning="As the log has them.",
             queries=(Query(f"max by (kind) ({series('rollstream_decided_steps_total')})", "{{kind}}"),),
