@@ -123,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "checkpoint-1",
         "checkpoint-2",
     ]
-    assert run_ranks(_resumed, folder) == [0, 0]
+    assert run_ranks(_resumed, folder, timeout_s=300) == [0, 0]
     torch.set_num_threads(1)
     settings = settings_for(folder, "one-rank", gradient_accumulation_steps=2)
     assert run_one(one_rank(), settings, FakeBroker(1)).reason == "finished"

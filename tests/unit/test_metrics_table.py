@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from consumers.metrics import MatcherMetrics, PackerMetrics
-from learner.metrics import LearnerMetrics
+from learner.metrics import MILESTONES, LearnerMetrics
 from learner.step_report import RankPart, log_row
 from learner.step_surroundings import realised_ratio
 from learner.train_step import LossSums, StepUpdate
@@ -67,10 +67,11 @@ def drive_learner(metrics: LearnerMetrics) -> None:
         num_tokens=700,
         num_rows=2,
     )
-    part = RankPart(sums=sums, lags=[1], fills=[0.9], busy_s=2.0, wait_s=1.0)
+    part = RankPart(sums=sums, lags=[1], fills=[0.9], busy_s=2.0, wait_s=1.0, peak_memory_bytes=[9])
     part.counters.update({"matched": 4})
     row = log_row(claim, part, StepUpdate(grad_norm=1.5, learning_rate=1e-3), step_s=3.0, time_ms=1)
-    metrics.on_step(claim, part, row | realised_ratio("BA"))
+    costs = dict.fromkeys((*MILESTONES, "model_flops_utilisation"), 0.25)
+    metrics.on_step(claim, part, row | realised_ratio("BA") | costs)
     metrics.on_policy_published(3)
     metrics.on_evaluation({"eval_rollout_f1": 0.8})
     metrics.on_checkpoint(4)
