@@ -28,6 +28,7 @@ from producers.demand_tracking import DemandTracker
 from producers.freshness_advice import freshness_advice
 from producers.jobs import RolloutQueue, enqueue_request, failed_requests, job_id_of
 from producers.metrics import DispatcherMetrics
+from producers.patience import FailureBrake
 from producers.request_building import build_requests
 from producers.step_demand import rollouts_for_open_step
 
@@ -66,6 +67,7 @@ class Dispatcher:
         self._advice = ""
         self._failed_jobs: set[str] = set()
         self._said = RoundCounts()
+        self._brake = FailureBrake()
         self._on_their_way: set[str] = set()
 
     def loop(self, stop: threading.Event) -> None:
@@ -86,6 +88,9 @@ class Dispatcher:
         if status.policy_version < 0:
             return 0
         wanted = self._wanted(status)
+        self._note_endings(status, now_s)
+        if wanted and not self._brake.may_issue(now_s):
+            return 0
         return self._issue(wanted, status) if wanted else 0
 
     def _wanted(self, status: RunStatus) -> int:
@@ -98,6 +103,15 @@ class Dispatcher:
         if requests_to_issue(state, demand) == 0:
             return 0
         return decide_demand(state, demand).num_rollouts
+
+    def _note_endings(self, status: RunStatus, now_s: float) -> None:
+        """Slow down while most of what ends is rejected."""
+        num_bad = sum(status.by_reason("rejected").values())
+        if self._brake.observe(status.total("matched") + status.total("evaluated"), num_bad, now_s):
+            if self._brake.is_braking:
+                log.warning("dispatcher: most rollouts are rejected; asking for fewer until that ends")
+            else:
+                log.info("dispatcher: rollouts are used again; asking for as many as are wanted")
 
     def _advise(self, advice: str) -> None:
         """Tell the log and, through the broker, whoever watches the run; each sentence once."""

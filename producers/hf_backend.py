@@ -194,6 +194,7 @@ class HfBackend:
 
 def load_weights(model: Any, folder: Path) -> None:
     """Copy the safetensors of a Hugging Face ``folder`` into ``model`` in place; raises DataError."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     files = sorted(folder.glob("*.safetensors"))
@@ -201,7 +202,10 @@ def load_weights(model: Any, folder: Path) -> None:
         raise DataError(f"policy folder {folder}: no *.safetensors, expected published weights")
     merged: dict[str, torch.Tensor] = {}
     for file in files:
-        merged.update(load_file(file))
+        try:
+            merged.update(load_file(file))
+        except (OSError, SafetensorError) as exc:
+            raise DataError(f"policy file {file}: cannot be read ({exc}); is its disk full or away?") from exc
     model.tie_weights()
     missing, unexpected = model.load_state_dict(merged, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})

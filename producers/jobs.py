@@ -247,6 +247,7 @@ class RolloutWorker(SimpleWorker):  # type: ignore[misc]
             name=f"{producer.settings.name}-{secrets.token_hex(4)}",
             worker_ttl=60,
         )
+        producer.is_stopping = lambda: bool(worker._stop_requested)
         worker.job_timeout_s = producer.settings.job_timeout_s
         worker.work(logging_level="WARNING", with_scheduler=False)
 

@@ -47,11 +47,19 @@ class ProducerMetrics:
         self._sync_failures = Counter(
             "rollstream_sync_failures_total", "Weights that could not be loaded.", registry=registry
         )
+        self._pauses = Counter(
+            "rollstream_producer_pause_seconds_total",
+            "Time spent waiting after an accident that gave a request back.",
+            registry=registry,
+        )
         for status in PUSH_STATUSES:
             self._rollouts.labels(status)
 
     def on_broken_job(self) -> None:
         self._broken_jobs.inc()
+
+    def on_paused(self, pause_s: float) -> None:
+        self._pauses.inc(pause_s)
 
     def on_sync_failed(self) -> None:
         self._sync_failures.inc()

@@ -11,33 +11,39 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from broker_schemas.broker.broker import Broker
-from broker_schemas.broker.policy import read_policy
+from broker_schemas.broker.policy import PublishedPolicy, read_policy
 from broker_schemas.broker.rollout_requests import (
     LeaseSettings,
     RolloutRequest,
     release_lease,
     renew_lease,
 )
+from broker_schemas.broker.trouble_log import TroubleLog
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerError, DeadlinePassed, RollstreamError
 from broker_schemas.method.dataset import Sample
+from broker_schemas.records.freshness import oldest_allowed
 from producers.metrics import ProducerMetrics
+from producers.patience import Patience, is_accident
 from producers.record_building import build_records
 from producers.rollout_backend import RolloutBackend
 
 log = logging.getLogger(__name__)
 HUNG_AFTER_TIMEOUT_S: Final = 30.0
 PUSH_BATCH: Final = 64
+LOOK_EVERY_S: Final = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProducerSettings:
     """``deadline_s`` bounds every wait: for a policy, and for room in the broker.
 
+    ``version_window``: how far behind the published policy the weights in use may be.
     ``job_timeout_s``: the lease is kept for so long at most, so that another worker gets what hangs here.
     """
 
     name: str
+    version_window: int
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     deadline_s: float = 120.0
     job_timeout_s: int = 900
@@ -47,7 +53,8 @@ class ProducerSettings:
 class Producer:
     """One producer with its model. ``datasets`` maps a purpose to its samples.
 
-    ``leave`` is called, from a thread, when a job still hangs 30 s after its timeout: no signal reached it.
+    ``is_stopping`` cuts a wait short. ``leave`` is called, from a thread, when a job still hangs 30 s after
+    its timeout: no signal reached it.
     """
 
     broker: Broker
@@ -57,20 +64,48 @@ class Producer:
     metrics: ProducerMetrics
     settings: ProducerSettings
     leave: Callable[[], None] = lambda: None
+    is_stopping: Callable[[], bool] = lambda: False
+    _patience: Patience = field(default_factory=Patience)
+    _follow_patience: Patience = field(default_factory=Patience)
+    _trouble: TroubleLog = field(
+        default_factory=lambda: TroubleLog(log, "producer: requests go back unspent")
+    )
+    _following: TroubleLog = field(
+        default_factory=lambda: TroubleLog(log, "producer: cannot follow the policy")
+    )
+    _follow_at_s: float = 0.0
+    _not_followed: BaseException | None = None
 
     def run(self, request: RolloutRequest) -> list[str]:
         """Generate and push the records of ``request``; return what the broker said of each.
 
         A request that is closed already is left alone: an empty list.
-        Raises BrokerError, DataError, DeadlinePassed; what is pushed then is a duplicate in the next try.
+        An accident of the place (weights or images unreadable, a server or a disk that refuses) gives it back
+        unspent and waits: an empty list. Raises DataError and others for a request that alone fails; what
+        is pushed then is a duplicate in the next try.
         """
         if not renew_lease(self.broker, request.request_id, self.settings.lease):
             return []
         try:
-            return self._run(request)
-        except Exception:
+            statuses = self._run(request)
+        except Exception as exc:
             self._give_back(request.request_id)
-            raise
+            accident = exc is self._not_followed or is_accident(exc)
+            pause_s = self._patience.failed(request.request_id, is_accident=accident)
+            if pause_s is None:
+                raise
+            self._trouble.on_trouble(exc)
+            self.metrics.on_paused(pause_s)
+            self._wait(pause_s)
+            return []
+        self._patience.worked()
+        self._trouble.on_well()
+        return statuses
+
+    def _wait(self, pause_s: float) -> None:
+        ends_s = time.monotonic() + pause_s
+        while (left_s := ends_s - time.monotonic()) > 0 and not self.is_stopping():
+            time.sleep(min(left_s, LOOK_EVERY_S))
 
     def _run(self, request: RolloutRequest) -> list[str]:
         with self._lease_kept(request.request_id):
@@ -106,11 +141,30 @@ class Producer:
                     f"{self.settings.deadline_s:g} s; is the learner running?"
                 )
             time.sleep(0.1)
+        self._follow(policy)
+
+    def _follow(self, policy: PublishedPolicy) -> None:
+        """Take the weights of ``policy``; where they cannot be read, those in use stay while fresh."""
+        if time.monotonic() < self._follow_at_s and self._may_stay(policy):
+            return
         try:
             self.backend.follow(policy)
-        except RollstreamError:
+        except (RollstreamError, OSError) as exc:
             self.metrics.on_sync_failed()
+            self._following.on_trouble(exc)
+            pause_s = self._follow_patience.failed("", is_accident=True) or 0.0
+            self._follow_at_s = time.monotonic() + pause_s
+            if self._may_stay(policy):
+                return
+            self._not_followed = exc
             raise
+        self._following.on_well()
+        self._follow_patience.worked()
+        self._follow_at_s = 0.0
+
+    def _may_stay(self, policy: PublishedPolicy) -> bool:
+        used = self.backend.policy_version
+        return used >= 0 and oldest_allowed(policy.policy_version, self.settings.version_window) <= used
 
     def _give_back(self, request_id: str) -> None:
         """Let the request wait for another try; where the broker is away its lease ends by itself."""

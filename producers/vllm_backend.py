@@ -72,6 +72,7 @@ class VllmBackend:
 
         Asked before every request, also for a policy that is in use: a server may have been restarted.
         """
+        self._policy_version = -1  # until all is well: what a server holds after a failure is not known
         self._servers = self._fleet.follow(policy)
         self._policy_version = min(server.weights.policy_version for server in self._servers)
 

@@ -199,13 +199,17 @@ def serve(
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: a probe comes every few seconds."""
 
+    server = _bound(host, port, Handler, name)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server
+
+
+def _bound(host: str, port: int, handler: type[BaseHTTPRequestHandler], name: str) -> ThreadingHTTPServer:
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        return ThreadingHTTPServer((host, port), handler)
     except OSError as exc:
         raise ConfigError(
             f"metrics of {name}: port {port} on {host} cannot be used ({exc.strerror}); "
             "set metrics.base_port to another port, or to 0 for no endpoints"
         ) from exc
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
-    return server

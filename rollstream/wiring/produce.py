@@ -91,6 +91,7 @@ def run_producer(config: RunConfig, index: int) -> None:
             name=f"{config.run.name}-producer-{index}-{socket.gethostname()}-{os.getpid()}",
             lease=lease_settings(config),
             job_timeout_s=config.producers.job_timeout_s,
+            version_window=config.stage2_async.version_window if config.variant == "stage2_async" else 0,
             deadline_s=config.stage2_async.stall_timeout_s,
         ),
         leave=leave_hung_process,

@@ -48,7 +48,7 @@ def a_producer(broker: Broker, backend: Any, leave: Any, *, job_timeout_s: int) 
         backend=backend,
         datasets={"train": [None]},  # type: ignore[list-item]
         metrics=ProducerMetrics(CollectorRegistry()),
-        settings=ProducerSettings(name="p", lease=LEASE, job_timeout_s=job_timeout_s),
+        settings=ProducerSettings(name="p", version_window=0, lease=LEASE, job_timeout_s=job_timeout_s),
         leave=leave,
     )
 

@@ -32,6 +32,7 @@ def drive_producer(metrics: ProducerMetrics) -> None:
     metrics.on_generated(120, 0.5, 7)
     metrics.on_pushed(["ok", "duplicate"], 0.25)
     metrics.on_sync_failed()
+    metrics.on_paused(0.5)
     metrics.on_broken_job()
 
 

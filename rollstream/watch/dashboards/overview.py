@@ -106,6 +106,9 @@ _BOTTLENECK = Row(
                 Query(rank_rate("rollstream_learner_wait_seconds_total"), "learner waits"),
                 Query(f"avg({rate('rollstream_generation_seconds_sum')})", "producers generate"),
                 Query(f"avg({rate('rollstream_producer_wait_seconds_total')})", "producers wait for room"),
+                Query(
+                    f"avg({rate('rollstream_producer_pause_seconds_total')})", "producers wait out trouble"
+                ),
             ),
         ),
         Panel(
