@@ -23,6 +23,7 @@ from broker_schemas.broker.rollout_requests import (
 from broker_schemas.broker.status import RunStatus, read_status
 from broker_schemas.broker.trouble_log import RoundCounts
 from broker_schemas.records.records import NOT_STEP_BOUND
+from producers.asked_again import StaleRollouts
 from producers.demand import DemandSettings, decide_demand, requests_to_issue
 from producers.demand_tracking import DemandTracker
 from producers.freshness_advice import freshness_advice
@@ -69,6 +70,7 @@ class Dispatcher:
         self._said = RoundCounts()
         self._brake = FailureBrake()
         self._on_their_way: set[str] = set()
+        self._stale = StaleRollouts(broker)
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
@@ -127,11 +129,22 @@ class Dispatcher:
     def _issue(self, num_rollouts: int, status: RunStatus) -> int:
         settings = self._settings
         cursor = read_cursor(self._broker)
+        again = self._stale.first(num_rollouts, status.total("dropped:stale")) if settings.demand else []
+        requests = [
+            item.request(
+                self._broker.keys.run,
+                num_samples=settings.num_samples,
+                seed=settings.seed,
+                policy_version=status.policy_version,
+            )
+            for item in again
+        ]
+        next_cursor = cursor + num_rollouts - len(again)
         step_bound = settings.demand is None and status.open_step is not None
-        requests = build_requests(
+        requests += build_requests(
             self._broker.keys.run,
             cursor=cursor,
-            num_rollouts=num_rollouts,
+            num_rollouts=next_cursor - cursor,
             request_size=settings.request_size,
             num_samples=settings.num_samples,
             seed=settings.seed,
@@ -141,13 +154,19 @@ class Dispatcher:
             else NOT_STEP_BOUND,
         )
         issued = issue_requests(
-            self._broker, requests, cursor=cursor, next_cursor=cursor + num_rollouts, lease=settings.lease
+            self._broker,
+            requests,
+            cursor=cursor,
+            next_cursor=next_cursor,
+            lease=settings.lease,
+            stale_after=(self._stale.asked_up_to, again[-1].place) if again else None,
         )
+        self._stale.forget(len(again) if issued else None)
         if not issued:
             return 0
         self._tracker.on_issued(status.total("requested") + num_rollouts, status.total("committed_steps"))
         self._enqueue(requests, attempt=1)
-        self._metrics.on_issued(num_rollouts)
+        self._metrics.on_issued(num_rollouts, again=len(again))
         return num_rollouts
 
     def _enqueue(self, requests: Sequence[RolloutRequest], *, attempt: int) -> None:

@@ -82,6 +82,11 @@ class DispatcherMetrics:
         self._requests = Counter(
             "rollstream_rollouts_requested_total", "Rollouts asked for.", registry=registry
         )
+        self._asked_again = Counter(
+            "rollstream_rollouts_asked_again_total",
+            "Rollouts asked for again because the one before went stale.",
+            registry=registry,
+        )
         self._reissued = Counter(
             "rollstream_requests_reissued_total", "Requests run again after a lease ended.", registry=registry
         )
@@ -110,8 +115,9 @@ class DispatcherMetrics:
     def on_broken_job(self) -> None:
         self._broken_jobs.inc()
 
-    def on_issued(self, num_rollouts: int) -> None:
+    def on_issued(self, num_rollouts: int, *, again: int) -> None:
         self._requests.inc(num_rollouts)
+        self._asked_again.inc(again)
 
     def on_reissued(self, num_requests: int) -> None:
         self._reissued.inc(num_requests)

@@ -77,7 +77,9 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "dispatcher": (
         _place("dispatcher"),
         Grant(
-            commands=f"{CALL} time exists hget hmget hset hincrby hdel del zadd zrem zrangebyscore xadd",
+            commands=(
+                f"{CALL} time exists hget hmget hset hincrby hdel del zadd zrem zrangebyscore xadd xrange"
+            ),
             writes="events counters requests dispatch request:*",
         ),
         STATUS,

@@ -83,12 +83,26 @@ def say_demand_advice(broker: Broker, advice: str) -> None:
         broker.client.hset(broker.keys.named("dispatch"), "advice", advice)
 
 
+def read_stale_after(broker: Broker) -> str:
+    """Return the place in the log up to which stale rollouts were asked for again, "" before the first."""
+    with broker_errors("reading what was asked for again"):
+        place = broker.client.hget(broker.keys.named("dispatch"), "stale_after")
+    return place.decode() if isinstance(place, bytes) else ""
+
+
 def issue_requests(
-    broker: Broker, requests: Sequence[RolloutRequest], *, cursor: int, next_cursor: int, lease: LeaseSettings
+    broker: Broker,
+    requests: Sequence[RolloutRequest],
+    *,
+    cursor: int,
+    next_cursor: int,
+    lease: LeaseSettings,
+    stale_after: tuple[str, str] | None = None,
 ) -> bool:
     """Open ``requests`` and move the data set position from ``cursor`` to ``next_cursor``, or do neither.
 
-    False: another dispatcher moved the position first. No lease runs
+    ``stale_after``: the place in the log of what was asked for again, before and after this call; None where
+    nothing is. False: another dispatcher moved the position first. No lease runs
     before a worker takes a request. Raises BrokerError.
     """
     # the client repeats a call whose reply was lost: it must be known as the same call
@@ -104,6 +118,7 @@ def issue_requests(
             request.optimizer_step,
             request.policy_version,
         ]
+    arguments += stale_after or ()
     reply = broker.run("issue_requests", ["requests", "dispatch"], arguments)
     return bool(reply[0])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Audit:
     steps: dict[str, int]
     skipped: int
     drops_by: dict[str, dict[str, int]]
+    trained_share_by_length: dict[str, float]
     faults: list[str]
     undone: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger = field(repr=False)
@@ -73,6 +74,7 @@ class Audit:
             "steps": self.steps,
             "b_steps_skipped_due_to_queue": self.skipped,
             "drops_by": self.drops_by,
+            "trained_share_by_length_tokens": self.trained_share_by_length,
             "faults": self.faults,
             "undone": self.undone,
         }
@@ -137,6 +139,7 @@ def take_audit(events: Iterable[LogEvent], *, counters: dict[str, int] | None = 
         steps={"A": steps["A"], "B": steps["B"]},
         skipped=sum(step.reason == "queue_short" for step in ledger.steps.values()),
         drops_by=_drops_by(rollouts),
+        trained_share_by_length=trained_share_by_length(rollouts),
         faults=faults,
         undone=_undone(ledger),
         ledger=ledger,
@@ -182,6 +185,14 @@ def _drops_by(rollouts: list[RolloutHistory]) -> dict[str, dict[str, int]]:
         "task": dict(Counter(item.task for item in dropped)),
         "age_s": dict(Counter(age_bucket(item) for item in dropped)),
     }
+
+
+def trained_share_by_length(rollouts: Sequence[RolloutHistory]) -> dict[str, float]:
+    """Return the share trained among those trained or dropped, by length; falling shares show a bias."""
+    ended = [item for item in rollouts if item.stage in ("trained", "dropped")]
+    numbers = Counter(length_bucket(item.num_tokens) for item in ended)
+    trained = Counter(length_bucket(item.num_tokens) for item in ended if item.stage == "trained")
+    return {bucket: trained[bucket] / number for bucket, number in numbers.items()}
 
 
 def length_bucket(num_tokens: int) -> str:

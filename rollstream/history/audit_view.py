@@ -41,6 +41,10 @@ def render_audit(audit: Audit) -> RenderableType:
         if buckets:
             shown = ", ".join(f"{k}: {v}" for k, v in sorted(buckets.items()))
             table.add_row(f"drops by {name}", plain(shown))
+    if audit.dropped:
+        shares = audit.trained_share_by_length.items()
+        shown = ", ".join(f"{bucket}: {share:.0%}" for bucket, share in sorted(shares))
+        table.add_row("share trained by length_tokens", plain(shown))
     verdict = Text("balanced", "green") if audit.balanced else Text("NOT balanced", "red")
     lines = [*_undone_lines(audit.undone), *audit.faults[:SHOWN_FAULTS]]
     if len(audit.faults) > SHOWN_FAULTS:

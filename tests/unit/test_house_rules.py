@@ -53,7 +53,7 @@ EDGES: Final = {
         "server_slots",
     },
     "producers": {
-        *("broken_jobs", "dispatcher", "hf_backend", "jobs", "metrics", "producer"),
+        *("asked_again", "broken_jobs", "dispatcher", "hf_backend", "jobs", "metrics", "producer"),
         *("vllm_backend", "vllm_client", "vllm_servers"),
     },
     "consumers": {"admission", "fill_warning", "matcher", "metrics", "step_packer", "streaming_packer"},

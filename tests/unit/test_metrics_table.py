@@ -38,7 +38,7 @@ def drive_producer(metrics: ProducerMetrics) -> None:
 
 def drive_dispatcher(metrics: DispatcherMetrics) -> None:
     metrics.on_generation_steps(2)
-    metrics.on_issued(8)
+    metrics.on_issued(8, again=1)
     metrics.on_reissued(2)
     metrics.on_failed("generation_failed")
     metrics.on_status(5)
