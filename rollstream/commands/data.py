@@ -244,4 +244,25 @@ def export(
 
     with Console(stderr=True).status("writing the model"):
         summary = export_model(src, dst, step=step, is_apart=apart, dtype=dtype)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(str(summary), markup=False)
+    console.print(
+        f"next: rollstream predict {dst} IMAGE, or rollstream model push {dst} OWNER/NAME", markup=False
+    )
+
+
+@model_app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="folder that model export wrote, or any model folder")],
+    name: Annotated[str, typer.Argument(help="repository on the hub: owner/model")],
+    public: Annotated[
+        bool, typer.Option("--public", help="for everybody; a new one is private else")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="commit message")] = None,
+) -> None:
+    """Put a model on the Hugging Face hub, or the one that HF_ENDPOINT names, in one commit."""
+    from rollstream.models.pushing import push_model
+
+    with Console(stderr=True).status("sending the model"):
+        summary = push_model(folder, name, is_private=not public, message=message)
     Console(soft_wrap=True, highlight=False).print(str(summary), markup=False)
