@@ -11,10 +11,23 @@ if TYPE_CHECKING:
     from broker_schemas.client import PackFeed, SegmentSink
     from broker_schemas.torch_dataset import PackDataset
     from configs import load_config
+    from rollstream.commands.from_python import learn, new_run, up
+    from rollstream.commands.predicting import predict
     from rollstream.datasets.importing import import_dataset
     from rollstream.evaluation.evaluating import evaluate
 
-__all__ = ["PackDataset", "PackFeed", "SegmentSink", "evaluate", "import_dataset", "load_config"]
+__all__ = [
+    "PackDataset",
+    "PackFeed",
+    "SegmentSink",
+    "evaluate",
+    "import_dataset",
+    "learn",
+    "load_config",
+    "new_run",
+    "predict",
+    "up",
+]
 
 _DOORS: Final = {
     "SegmentSink": "broker_schemas.client",
@@ -23,6 +36,10 @@ _DOORS: Final = {
     "load_config": "configs",
     "evaluate": "rollstream.evaluation.evaluating",
     "import_dataset": "rollstream.datasets.importing",
+    "new_run": "rollstream.commands.from_python",
+    "learn": "rollstream.commands.from_python",
+    "up": "rollstream.commands.from_python",
+    "predict": "rollstream.commands.predicting",
 }
 
 

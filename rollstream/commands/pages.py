@@ -21,6 +21,12 @@ LIBRARY: Final = (
     ("broker_schemas.records.records", "MatchedSegment"),
     ("broker_schemas.records.packs", "ReadyPack"),
     ("configs", "load_config"),
+    ("rollstream.datasets.importing", "import_dataset"),
+    ("rollstream.commands.from_python", "new_run"),
+    ("rollstream.commands.from_python", "learn"),
+    ("rollstream.commands.from_python", "up"),
+    ("rollstream.evaluation.evaluating", "evaluate"),
+    ("rollstream.commands.predicting", "predict"),
 )
 _COMMANDS_HEAD: Final = """# Commands
 
@@ -32,7 +38,10 @@ Written from the program by `rollstream dashboards`; `rollstream COMMAND --help`
 _API_HEAD: Final = """# Library doors
 
 Written from the docstrings by `rollstream dashboards`.
-Used whole: [push_from_sampler.py](examples/push_from_sampler.py) pushes rollouts,
+`import rollstream` offers `SegmentSink`, `PackFeed`, `PackDataset`, `load_config`, `import_dataset`,
+`new_run`, `learn`, `up`, `evaluate` and `predict`; nothing is imported before it is used.
+Used whole: [photographs.ipynb](examples/photographs.ipynb) goes from photographs to drawn predictions,
+[push_from_sampler.py](examples/push_from_sampler.py) pushes rollouts,
 [train_from_packs.py](examples/train_from_packs.py) trains from packs.
 """
 
@@ -92,19 +101,19 @@ def generated_files(program: Any) -> dict[Path, str]:
     }
 
 
-def outdated_files(program: Any, root: Path) -> list[Path]:
-    """Return the files below ``root`` that are missing or differ from what the code writes."""
-    return [path for path, text in generated_files(program).items() if _stored(root / path) != text]
+def outdated_files(program: Any, root: Path) -> dict[Path, str]:
+    """Return path and wanted text of each file below ``root`` that is missing or differs."""
+    texts = generated_files(program)
+    return {path: text for path, text in texts.items() if _stored(root / path) != text}
 
 
 def write_generated(program: Any, root: Path) -> list[Path]:
     """Write what differs below ``root``; return those paths."""
-    texts = generated_files(program)
-    old = [path for path, text in texts.items() if _stored(root / path) != text]
-    for path in old:
+    outdated = outdated_files(program, root)
+    for path, text in outdated.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(texts[path], encoding="utf-8")
-    return old
+        (root / path).write_text(text, encoding="utf-8")
+    return list(outdated)
 
 
 def _stored(path: Path) -> str | None:

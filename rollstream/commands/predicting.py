@@ -41,12 +41,12 @@ class Predictions:
 
 
 def predict(
-    model: Path,
-    images: Sequence[Path],
-    out: Path,
+    model: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
     *,
-    max_new_tokens: int | None,
-    progress: Callable[[int, int], None],
+    max_new_tokens: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Predictions:
     """Write what ``model`` finds in ``images`` (files or folders) to ``out`` and return what was written.
 
@@ -54,10 +54,11 @@ def predict(
     prompts and bounds are used where there is one. Pictures are turned upright first. One that cannot be read
     is passed over. Raises DataError for no model, or no picture that can be read.
     """
-    folder, resolved = _find_model(model)
+    folder, resolved = _find_model(Path(model))
+    out = Path(out)
     with tempfile.TemporaryDirectory(prefix="rollstream-predict-") as name:
         work = Path(name)
-        lines, files, unreadable = _copy_upright(_picture_files(images), work)
+        lines, files, unreadable = _copy_upright(_picture_files([Path(image) for image in images]), work)
         if not lines:
             raise DataError(f"no picture can be read: {'; '.join(unreadable) or 'none was given'}")
         config = _config(work, folder, resolved, max_new_tokens)
