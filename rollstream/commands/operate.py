@@ -24,12 +24,16 @@ def register(app: typer.Typer) -> None:
 
 
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Put the demo's data and model where the configuration looks for them, unless something is there."""
-    from rollstream.commands.preparing import prepare_inputs
+    """Look for a run's data and model; the demo's own are made where they are missing, and nothing else."""
+    from rollstream.commands.preparing import default_passwords, prepare_inputs
 
     console = Console(soft_wrap=True, highlight=False)
     for line in prepare_inputs(load_run(config, overrides)):
         console.print(line, markup=False)
+    for name in default_passwords():
+        console.print(
+            f"warning: {name} is the default, which everybody can read; set it in .env", markup=False
+        )
 
 
 def export(

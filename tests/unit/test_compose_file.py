@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,8 +12,9 @@ import yaml
 from click import Context
 from typer.main import get_command
 
+from broker_schemas.errors import DataError
 from configs import load_config
-from rollstream.commands.preparing import prepare_inputs
+from rollstream.commands.preparing import PASSWORDS, default_passwords, prepare_inputs
 from rollstream.commands.program import app
 from rollstream.models.shipped import SHIPPED_MODEL
 from rollstream.vllm.plan import ServeOptions, plan_servers
@@ -37,7 +39,7 @@ CONFIG: Final = "configs/compose.yaml"
 
 def with_defaults(text: str) -> str:
     """Fill in the default of every variable, as compose does with an empty environment."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+    return re.sub(r"\$\{\w+:?-([^}]*)\}", r"\1", text)
 
 
 @pytest.mark.req("O-1")
@@ -89,8 +91,25 @@ def test_the_broker_of_the_configuration_is_the_service_with_its_password_and_ro
     assert command[command.index("--appendonly") + 1] == "yes"
     assert command[command.index("--appendfsync") + 1] == config.broker.durability
     assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
-    assert with_defaults(command[command.index("--maxmemory") + 1]) == "1gb"
-    assert 2 * config.broker.max_bytes <= 1 << 30
+    assert 2 * config.broker.max_bytes <= server_memory(1500 << 20)
+
+
+def server_memory(container_bytes: int) -> int:
+    """Return what the service's own shell gives the server, in a container of so much memory."""
+    script = SERVICES["redis"]["command"][2].replace("$$", "$")
+    script = script.replace("cat /sys/fs/cgroup/memory.max", f"echo {container_bytes}")
+    script = script.replace("exec redis-server", "echo")
+    done = subprocess.run(["sh", "-c", script, "redis", "--more"], capture_output=True, text=True, check=True)
+    name, given, more = done.stdout.split()
+    assert (name, more) == ("--maxmemory", "--more")
+    return int(given)
+
+
+@pytest.mark.req("O-1")
+def test_one_variable_gives_the_server_and_its_container_their_memory() -> None:
+    assert with_defaults(SERVICES["redis"]["mem_limit"]) == "1500m"
+    assert "REDIS_MEMORY" in SERVICES["redis"]["mem_limit"]
+    assert server_memory(6 << 30) == 4 << 30
 
 
 @pytest.mark.req("O-1")
@@ -128,8 +147,8 @@ def test_only_the_pages_are_published_and_only_to_this_machine() -> None:
 
 @pytest.mark.req("O-1")
 def test_every_variable_has_a_default_and_is_explained() -> None:
-    used = set(re.findall(r"(?<!\$)\$\{(\w+)(?::-[^}]+)?\}", TEXT))
-    assert used == set(re.findall(r"(?<!\$)\$\{(\w+):-[^}]+\}", TEXT)), "without a default"
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)[^}]*\}", TEXT))
+    assert used == set(re.findall(r"(?<!\$)\$\{(\w+)(?::-[^}]+|-)\}", TEXT)), "without a default"
     explained = set(re.findall(r"\b[A-Z]+_[A-Z_]+\b", TEXT.partition("\nx-role")[0]))
     assert used <= explained
 
@@ -138,7 +157,7 @@ def test_every_variable_has_a_default_and_is_explained() -> None:
 def test_every_file_and_volume_that_is_mounted_exists() -> None:
     for name, service in SERVICES.items():
         for mount in service.get("volumes", ()):
-            source = mount.split(":")[0]
+            source = with_defaults(mount).split(":")[0]
             if source.startswith("."):
                 assert any((ROOT / source).iterdir()), f"{name}: {source}"
             else:
@@ -149,13 +168,14 @@ def test_every_file_and_volume_that_is_mounted_exists() -> None:
 def test_the_paths_of_the_configuration_lie_in_volumes_of_the_image() -> None:
     # given
     config = load_config(ROOT / CONFIG)
-    mounted = {mount.split(":")[1].rpartition("/")[2] for mount in SERVICES["matcher"]["volumes"]}
+    mounts = [with_defaults(mount) for mount in SERVICES["matcher"]["volumes"]]
+    mounted = {mount.split(":")[1].rpartition("/")[2] for mount in mounts}
     # then
     for path in (config.data.train_jsonl, config.model.name_or_path, config.run.output_dir):
         assert path is not None
         assert Path(path).parts[0] in mounted
     dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
-    assert all(f"/srv/rollstream/{name}" in dockerfile for name in mounted)
+    assert all(f"/srv/rollstream/{name}" in dockerfile for name in mounted - {"configs"})
     assert "WORKDIR /srv/rollstream" in dockerfile
 
 
@@ -191,21 +211,62 @@ def test_grafana_reads_what_is_mounted_into_it() -> None:
 
 
 @pytest.mark.req("O-1")
-def test_init_makes_what_is_missing_and_leaves_what_is_there(
+def test_every_folder_of_a_user_is_mounted_by_a_variable_of_its_own() -> None:
+    """No rebuild for a configuration, data or a model of one's own."""
+    mounts = {mount.rpartition(":/srv/rollstream/")[2]: mount for mount in SERVICES["matcher"]["volumes"]}
+    wanted = {
+        "configs:ro": "CONFIGS_DIR",
+        "data": "DATA_DIR",
+        "models": "MODELS_DIR",
+        "runs": "RUNS_DIR",
+        "hub": "HUB_CACHE",
+    }
+    assert {place: mount[2:].partition(":")[0] for place, mount in mounts.items()} == wanted
+    assert SERVICES["matcher"]["environment"]["HF_HOME"] == "/srv/rollstream/hub"
+    for name in ("init", *ROLES):
+        assert SERVICES[name]["volumes"] == SERVICES["matcher"]["volumes"]
+        assert with_defaults(SERVICES[name]["user"]) == "10001:10001", "who owns the volumes"
+
+
+@pytest.mark.req("O-1")
+def test_init_makes_what_the_demo_lacks_and_leaves_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # given a working directory where the data is there and the model is not
     monkeypatch.chdir(tmp_path)
     config = load_config(ROOT / CONFIG)
-    train = tmp_path / config.data.train_jsonl
-    train.parent.mkdir(parents=True)
-    train.write_text("mine\n", encoding="utf-8")
-    # when
+    for path in (config.data.train_jsonl, config.data.val_jsonl):
+        assert path is not None
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("mine\n", encoding="utf-8")
     first = list(prepare_inputs(config))
-    # then
-    assert train.read_text(encoding="utf-8") == "mine\n"
-    assert [line.partition(":")[0] for line in first] == ["data", "model"]
+    assert (tmp_path / config.data.train_jsonl).read_text(encoding="utf-8") == "mine\n"
+    assert [line.partition(":")[0] for line in first] == ["data", "data", "model"]
     assert (tmp_path / "models/scenes_tiny/config.json").exists()
     assert (tmp_path / "models/scenes_tiny/model.safetensors").stat().st_size > 0
-    # and again
     assert all(line.endswith("is there") for line in prepare_inputs(config))
+
+
+@pytest.mark.req("O-1")
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("data.train_jsonl=data/mine/train.jsonl", "DATA_DIR=./data"),
+        ("data.val_jsonl=data/mine/val.jsonl", "DATA_DIR=./data"),
+        ("model.name_or_path=Qwen/Qwen3-VL-4B-Instruct", "HUB_CACHE"),
+        ("model.name_or_path=models/mine", "MODELS_DIR=./models"),
+    ],
+)
+def test_init_invents_nothing_for_inputs_of_ones_own(
+    override: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=said):
+        list(prepare_inputs(load_config(ROOT / CONFIG, (override,))))
+    assert not list(tmp_path.iterdir()), "nothing was drawn or copied"
+
+
+def test_passwords_that_everybody_can_read_are_told_at_the_start() -> None:
+    told = {"REDIS_PASSWORD": "rollstream", "GRAFANA_PASSWORD": "of my own"}
+    assert default_passwords(told) == ["REDIS_PASSWORD"]
+    given = SERVICES["init"]["environment"]
+    assert {name: with_defaults(given[name]) for name in PASSWORDS} == dict.fromkeys(PASSWORDS, "rollstream")
