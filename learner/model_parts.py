@@ -85,3 +85,14 @@ def adapt_model(
     )
     add_adapters(model, plan, seed=seed)
     return plan
+
+
+def check_part_rates(trained_names: Collection[str], rates: Collection[Part]) -> None:
+    """Raise ConfigError for a learning rate of a part of which nothing is trained."""
+    trained = {part_of(name) for name in trained_names}
+    idle = sorted(set(rates) - trained - {"coordinates"})
+    if idle:
+        raise ConfigError(
+            f"training.learning_rates: got {', '.join(idle)}, of which nothing is trained; take it out, or "
+            "name layers of it in training.lora.targets"
+        )

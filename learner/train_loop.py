@@ -17,7 +17,7 @@ from learner.collation import PackedRow
 from learner.determinism import seed_step
 from learner.filler_rows import with_filler
 from learner.milestones import LearnerParts, Milestones
-from learner.model_parts import adapt_model, freeze_parts
+from learner.model_parts import adapt_model, check_part_rates, freeze_parts
 from learner.optimization import build_optimizer, learning_rate_at, set_learning_rate
 from learner.overlapped_rows import StepRows
 from learner.packed_forward import RowLoss
@@ -80,6 +80,7 @@ class _Loop:
         is_whole = settings.sharding == "none"
         # a sharded model has its float32 weights and casts them layer by layer
         self._trained = TrainedWeights(parts.model, settings.precision if is_whole else "float32", adapter)
+        check_part_rates(self._trained.parameters, settings.optimization.part_rates)
         self._optimizer = build_optimizer(self._trained.parameters.items(), settings.optimization)
         self._work, self._peak_flops_per_s = work_of(parts.model), peak_flops(parts.ranks.device)
         self._milestones = Milestones(parts, settings, self._trained, self._optimizer)

@@ -160,11 +160,12 @@ def new(
         int | None, typer.Option(min=0, help="GPUs to use; default: those of this machine")
     ] = None,
     warm: Annotated[bool, typer.Option(help="the model writes the format already; no warm start")] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="train adapters in place of the weights")] = False,
 ) -> None:
     """Measure data and model, and write configurations with values of their own, explained."""
     from rollstream.commands.new_run import describe_run, plan_run, write_run
 
-    run = plan_run(name, data, model, num_gpus=gpus, is_warm=warm)
+    run = plan_run(name, data, model, num_gpus=gpus, is_warm=warm, is_lora=lora)
     console = Console(soft_wrap=True, highlight=False)
     for line in describe_run(run, write_run(run, folder)):
         console.print(line, markup=False)

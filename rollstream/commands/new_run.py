@@ -18,6 +18,7 @@ from rollstream.staged_folder import write_atomically
 TINY_PARAMETERS: Final = 100_000_000
 TARGET_BATCH: Final = 16
 LARGEST_WARM_STEPS: Final = 4000
+ADAPTER_RATE: Final = "2.0e-5  # adapters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class NewRun:
     """What two configurations are written from: a warm start on the ground truth, then the run itself.
 
     ``model`` is the folder as given; ``num_gpus`` 0 means the CPU. ``is_warm``: the model writes the format
-    already, so that no warm start is needed.
+    already, so that no warm start is needed. ``is_lora``: adapters are trained in place of the weights.
     """
 
     name: str
@@ -33,6 +34,7 @@ class NewRun:
     model: Path
     num_gpus: int
     is_warm: bool
+    is_lora: bool
     measure: DataMeasure
     num_train: int
     has_val: bool
@@ -67,12 +69,21 @@ class NewRun:
         return self.batch // (self.world_size * self.per_device)
 
     @property
+    def warm_model(self) -> str:
+        """The model that the warm start leaves: its checkpoint, or what adapters were merged into."""
+        if self.is_lora:
+            return f"models/{self.name}-warm"
+        return f"runs/{self.name}-warm/checkpoints/checkpoint-{self.warm_steps}"
+
+    @property
     def warm_steps(self) -> int:
         epochs, fewest = (40, 1000) if self.is_tiny else (10, 200)
         return min(max(fewest, epochs * self.num_train // self.batch), LARGEST_WARM_STEPS)
 
 
-def plan_run(name: str, data: Path, model: Path, *, num_gpus: int | None, is_warm: bool) -> NewRun:
+def plan_run(
+    name: str, data: Path, model: Path, *, num_gpus: int | None, is_warm: bool, is_lora: bool = False
+) -> NewRun:
     """Measure ``data`` (a folder of `data import`) in the tokens of ``model``; raises DataError."""
     train, val = data / "train.jsonl", data / "val.jsonl"
     if not train.is_file():
@@ -85,6 +96,7 @@ def plan_run(name: str, data: Path, model: Path, *, num_gpus: int | None, is_war
         model=model,
         num_gpus=_count_gpus() if num_gpus is None else num_gpus,
         is_warm=is_warm,
+        is_lora=is_lora,
         measure=measure_files(files, folder),
         num_train=sum(1 for line in train.read_text(encoding="utf-8").split("\n") if line.strip()),
         has_val=val.is_file(),
@@ -124,7 +136,8 @@ def describe_run(run: NewRun, files: list[Path]) -> Iterator[str]:
         yield f"left out by data.skip_untrainable: {', '.join(measure.too_wide)}"
     yield f"next: rollstream doctor {files[0]}"
     if not run.is_warm:
-        yield f"then: rollstream learn {files[0]} && rollstream up {files[1]}"
+        merged = f" && rollstream model export runs/{run.name}-warm {run.warm_model}" if run.is_lora else ""
+        yield f"then: rollstream learn {files[0]}{merged} && rollstream up {files[1]}"
     else:
         yield f"then: rollstream up {files[0]}"
 
@@ -133,6 +146,7 @@ def warm_text(run: NewRun) -> str:
     """Return the warm start: channel A alone, which teaches the format and the classes."""
     epochs = run.warm_steps * run.batch / run.num_train
     rate = "1.0e-3  # a small model from new weights" if run.is_tiny else "1.0e-5  # a pretrained model"
+    rate = ADAPTER_RATE if run.is_lora and not run.is_tiny else rate
     return f"""\
 # Warm start of {run.name}: ground truth alone, until the model writes the format.
 # rollstream learn {run.name}-warm.yaml
@@ -159,15 +173,15 @@ training:
 def main_text(run: NewRun) -> str:
     """Return the run itself: asynchronous, half of its steps on rollouts of the current model."""
     steps = max(100, run.warm_steps // 2)
-    warm = f"runs/{run.name}-warm/checkpoints/checkpoint-{run.warm_steps}"
     rate = "3.0e-4  # a third of the warm start's" if run.is_tiny else "5.0e-6  # half of the warm start's"
+    rate = ADAPTER_RATE if run.is_lora and not run.is_tiny else rate
     return f"""\
 # {run.name}: trained on its own rollouts, from a queue. rollstream up {run.name}.yaml
 # Written by rollstream new from what it measured; change what you like.
 run:
   name: {run.name}
 {_data_text(run)}
-{_model_text(run, str(run.model) if run.is_warm else warm)}
+{_model_text(run, str(run.model) if run.is_warm else run.warm_model)}
 custom:
   trainer_variant: stage2_async
 {_method_text(run)}
@@ -225,7 +239,13 @@ def _batch_text(run: NewRun) -> str:
     return f"""\
   effective_batch_size: {run.batch}  # samples a step, over all ranks
   per_device_train_batch_size: {run.per_device}  # what a row holds: {run.accumulation} rows a step
-  global_max_length: {measure.global_max_length}  # {parts} to append"""
+  global_max_length: {measure.global_max_length}  # {parts} to append{_adapter_text(run)}"""
+
+
+def _adapter_text(run: NewRun) -> str:
+    if not run.is_lora:
+        return ""
+    return "\n  lora: {rank: 16}  # adapters in place of the weights, coordinate rows trained beside them"
 
 
 def _evaluation_text(run: NewRun, steps: int) -> str:

@@ -20,6 +20,7 @@ from rollstream.run_lock import StackLock
 from rollstream.stack.ports_in_use import check_ports_free
 from rollstream.stack.scrape_targets import metrics_ports
 from rollstream.wiring import access
+from rollstream.wiring.adapters import adapted_layers
 from rollstream.wiring.trainable import examine_dataset, sample_ruler
 
 __all__ = ["examine", "render_findings"]
@@ -115,6 +116,20 @@ def examine_model(config: RunConfig) -> Iterator[Finding]:
     size = f"{_weights_bytes(folder) / 1e6:.0f} MB"
     yield ok("model", f"{folder}, {size}, {len(prompts.coord_vocab.ids)} coordinate tokens")
     yield judge_join(prompts.tokenizer, prompts.coord_vocab)
+    yield from _examine_adapters(config, folder)
+
+
+def _examine_adapters(config: RunConfig, folder: Path) -> Iterator[Finding]:
+    if config.training.lora.rank is None:
+        return
+    try:
+        layers = adapted_layers(config, folder)
+    except RollstreamError as exc:
+        yield fail("adapters", str(exc), "correct training.lora.targets")
+        return
+    num_seeing = sum("visual" in name for name in layers)
+    rank = config.training.lora.rank
+    yield ok("adapters", f"rank {rank} on {len(layers)} layers, {num_seeing} of them vision or merger")
 
 
 def judge_join(tokenizer: Any, coord_vocab: CoordVocabulary) -> Finding:

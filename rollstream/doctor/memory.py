@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker_schemas.errors import ConfigError, DataError, RollstreamError
+from broker_schemas.method.adapters import BaseModel
 from configs import RunConfig
+from learner.model_parts import AdapterSettings
 from rollstream.doctor.memory_plan import MemoryPlan, MemorySizes, Remedy, advice, plan_memory
 from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, RowCost, probe_row
 from rollstream.models.model_shape import ModelShape, shape_of_config
@@ -81,6 +83,23 @@ def _practice(config: RunConfig) -> PracticeSettings:
         is_checkpointing_activations=config.training.activation_checkpointing,
         loss_chunk_positions=config.training.loss_chunk_positions,
         first_coordinate_id=PROBE_FIRST_COORDINATE,
+        adapter=_practice_adapter(config),
+        frozen=config.training.freeze,
+    )
+
+
+def _practice_adapter(config: RunConfig) -> AdapterSettings | None:
+    lora, first = config.training.lora, PROBE_FIRST_COORDINATE
+    if lora.rank is None:
+        return None
+    return AdapterSettings(
+        rank=lora.rank,
+        alpha=lora.alpha or 2.0 * lora.rank,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        is_dora=lora.dora,
+        coordinate_ids=tuple(range(first, first + 1000)),
+        base=BaseModel(),
     )
 
 
@@ -99,6 +118,7 @@ def _sizes(config: RunConfig, shape: ModelShape, row_bytes: int) -> MemorySizes:
         trained=trained,
         frozen=shape.total - (0 if training.lora.rank is not None else trained),
         published=published,
+        is_frozen_kept=training.lora.rank is None,
         row_bytes=row_bytes,
         loss_bytes=_loss_bytes(config, shape),
         precision=config.precision,
@@ -114,7 +134,7 @@ def trained_weights(config: RunConfig, shape: ModelShape) -> tuple[int, int]:
     training = config.training
     lora = training.lora
     if lora.rank is not None:
-        adapters = shape.adapter_weights(lora.rank, lora.targets, is_dora=lora.dora)
+        adapters = shape.adapter_weights(lora.rank, lora.targets, is_dora=lora.dora, frozen=training.freeze)
         coordinates = 1000 * shape.hidden * (shape.vocabulary_rows // shape.num_rows)
         return adapters + coordinates, adapters + coordinates
     return sum(count for part, count in shape.by_part.items() if part not in training.freeze), shape.total

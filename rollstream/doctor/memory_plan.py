@@ -16,8 +16,9 @@ class MemorySizes:
     """What the plan is made of, in weights and bytes.
 
     ``trained`` weights have gradients and moments, ``frozen`` ones have not; ``published`` are what a policy
-    version holds. ``row_bytes`` is the most that one packed row keeps, above weights and gradients.
-    ``num_sharing`` ranks share one copy. ``num_ranks_here`` ranks run on one host.
+    version holds; ``is_frozen_kept``: a checkpoint has the frozen ones too. ``row_bytes`` is the most that
+    one packed row keeps, above weights and gradients. ``num_sharing`` ranks share one copy.
+    ``num_ranks_here`` ranks run on one host.
     """
 
     trained: int
@@ -30,6 +31,7 @@ class MemorySizes:
     num_ranks_here: int
     cache_bytes: int
     publication_bytes_per_weight: int = BF16_BYTES
+    is_frozen_kept: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +60,17 @@ def plan_memory(sizes: MemorySizes) -> MemoryPlan:
     """Return what the sizes come to.
 
     bf16 without sharding: a trained weight is kept in float32 for the optimizer and in bfloat16 for the
-    arithmetic, a frozen one in bfloat16 alone. A sharded weight is float32 and cast layer by layer. Gradient
-    sums and both moments are float32.
+    arithmetic, a frozen one in bfloat16 alone. A sharded weight that is trained is float32 and cast layer by
+    layer. Gradient sums and both moments are float32.
     """
+    frozen_bytes = BF16_BYTES if sizes.precision == "bf16" else FLOAT32_BYTES
     has_two_copies = sizes.precision == "bf16" and sizes.num_sharing == 1
     computing = BF16_BYTES if has_two_copies else FLOAT32_BYTES
     exact_copy = FLOAT32_BYTES if has_two_copies else 0
-    weights = (sizes.trained + sizes.frozen) * computing + sizes.trained * exact_copy
+    weights = sizes.trained * (computing + exact_copy) + sizes.frozen * frozen_bytes
     moments = 2 * FLOAT32_BYTES * sizes.trained
-    checkpoint = FLOAT32_BYTES * sizes.trained + moments + BF16_BYTES * sizes.frozen
+    kept = sizes.frozen if sizes.is_frozen_kept else 0
+    checkpoint = FLOAT32_BYTES * sizes.trained + moments + frozen_bytes * kept
     # one rank reads the model; every rank's shard passes through the host when a checkpoint is written
     host = (sizes.trained + sizes.frozen) * FLOAT32_BYTES + checkpoint
     return MemoryPlan(

@@ -50,6 +50,9 @@ def probe_row(config: Any, settings: PracticeSettings) -> RowCost:
     shared = max(base.bytes_per_token - per_text_layer - per_vision_layer, 0.0)
     more_rows = config.text_config.vocab_size - PROBE_ROWS
     value_bytes = 2 if settings.precision == "bf16" else 4
+    if settings.adapter is not None or "text" in settings.frozen:
+        # a vocabulary that is not trained has no gradient on its way
+        value_bytes = 0
     return RowCost(
         bytes_per_token=shared + text_layers * per_text_layer,
         bytes_per_patch=vision_layers * per_vision_layer / patches_per_token,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from broker_schemas.method.adapters import choose_layers
+
 PARTS: Final = ("vision", "merger", "text")
+HEAD: Final = "lm_head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +31,16 @@ class ModelShape:
     def total(self) -> int:
         return sum(self.by_part.values())
 
-    def adapter_weights(self, rank: int, targets: Sequence[str], *, is_dora: bool) -> int:
-        """Return the weights of adapters of ``rank`` on the linear layers whose names end in ``targets``."""
-        hit = [linear for linear in self.linears if linear[0].rpartition(".")[2] in targets]
+    def adapter_weights(
+        self, rank: int, targets: Sequence[str], *, is_dora: bool, frozen: Collection[str] = ()
+    ) -> int:
+        """Return the weights of adapters of ``rank`` on the layers of ``targets`` outside of frozen parts.
+
+        Raises ConfigError for a target that matches none.
+        """
+        names = [name for name, _, _ in self.linears if part_of(name) not in frozen and name != HEAD]
+        chosen = set(choose_layers(names, targets))
+        hit = [linear for linear in self.linears if linear[0] in chosen]
         extra = sum(outputs for _, _, outputs in hit) if is_dora else 0
         return sum(rank * (inputs + outputs) for _, inputs, outputs in hit) + extra
 

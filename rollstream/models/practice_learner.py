@@ -11,6 +11,7 @@ import torch
 from learner.attention import choose_attention, use_attention
 from learner.collation import PackedRow
 from learner.losses import LossSettings
+from learner.model_parts import AdapterSettings, FrozenPart, adapt_model, freeze_parts
 from learner.optimization import OptimizationSettings, build_optimizer
 from learner.packed_forward import RowLoss
 from learner.sharding import Precision
@@ -27,6 +28,8 @@ class PracticeSettings:
     is_checkpointing_activations: bool = False
     loss_chunk_positions: int = 256
     first_coordinate_id: int = 0
+    adapter: AdapterSettings | None = None
+    frozen: tuple[FrozenPart, ...] = ()
 
     @property
     def losses(self) -> LossSettings:
@@ -46,8 +49,12 @@ class PracticeLearner:
         use_attention(self.model, choose_attention(settings.attention, device, dtype))
         if settings.is_checkpointing_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        freeze_parts(self.model, settings.frozen)
+        plan = None
+        if settings.adapter is not None:
+            plan = adapt_model(self.model, settings.adapter, settings.frozen, seed=0)
         self._row_loss = RowLoss(self.model)
-        self.trained = TrainedWeights(self.model, settings.precision)
+        self.trained = TrainedWeights(self.model, settings.precision, plan)
         self.optimizer = build_optimizer(self.trained.parameters.items(), OptimizationSettings())
 
     def backward(self, rows: Sequence[PackedRow]) -> float:

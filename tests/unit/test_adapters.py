@@ -11,7 +11,7 @@ from broker_schemas.errors import ConfigError
 from broker_schemas.method.adapters import AdapterPlan, add_adapters, choose_layers, linear_layers
 from learner.collation import PackedRow, collate_row
 from learner.losses import LossSettings
-from learner.model_parts import adapt_model, part_of
+from learner.model_parts import adapt_model, check_part_rates, part_of
 from learner.optimization import OptimizationSettings, build_optimizer
 from learner.packed_forward import RowLoss, position_rule_of
 from learner.trained_weights import TrainedWeights
@@ -164,6 +164,16 @@ def test_targets_that_match_nothing_are_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=f"training.lora.targets: {named}, which match no linear layer"):
         adapt_model(tiny_model(), adapter_settings(targets=targets), frozen, seed=0)
+
+
+@pytest.mark.req("L-5")
+def test_a_learning_rate_of_a_part_without_adapters_is_refused() -> None:
+    model = tiny_model()
+    adapt_model(model, adapter_settings(targets=("q_proj",)), (), seed=0)
+    names = TrainedWeights(model).parameters
+    check_part_rates(names, ["text", "coordinates"])
+    with pytest.raises(ConfigError, match="got merger, vision, of which nothing is trained"):
+        check_part_rates(names, ["vision", "merger", "text"])
 
 
 @pytest.mark.req("L-5")

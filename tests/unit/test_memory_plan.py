@@ -21,6 +21,7 @@ from rollstream.models.named_sizes import first_coordinate_id, named_config, siz
 from rollstream.models.practice_learner import PracticeLearner, PracticeSettings
 from rollstream.models.practice_rows import RowShape, practice_row
 from tests.builders.configs import make_mapping, write_file
+from tests.builders.learners import adapter_settings
 
 GB = 10**9
 SIZES = MemorySizes(
@@ -56,6 +57,12 @@ def test_bytes_of_a_rank_by_hand() -> None:
     assert (shared.weights, shared.gradients, shared.moments, shared.row) == (4 * GB, 4 * GB, 8 * GB, 5 * GB)
     frozen = plan_memory(replace(SIZES, trained=0, frozen=4 * GB))
     assert (frozen.weights, frozen.gradients, frozen.moments) == (8 * GB, 0, 0)
+    adapter = plan_memory(
+        replace(SIZES, trained=GB // 100, frozen=4 * GB, published=GB // 100, is_frozen_kept=False)
+    )
+    assert (adapter.weights, adapter.sync, adapter.checkpoint) == (8_060_000_000, 20_000_000, 120_000_000)
+    spread = plan_memory(replace(SIZES, trained=0, frozen=4 * GB, num_sharing=4))
+    assert spread.weights == 2 * GB
     exact = plan_memory(replace(SIZES, precision="float32"))
     assert (exact.weights, exact.gradients, exact.moments) == (16 * GB, 16 * GB, 32 * GB)
 
@@ -88,14 +95,17 @@ def test_the_meter_sees_what_is_held_at_one_time() -> None:
 
 
 @pytest.mark.req("L-12")
-@pytest.mark.parametrize("is_checkpointing", [False, True])
-def test_a_row_is_predicted_within_a_tenth(is_checkpointing: bool) -> None:
+@pytest.mark.parametrize("is_checkpointing, has_adapters", [(False, False), (True, False)])
+def test_a_row_is_predicted_within_a_tenth(is_checkpointing: bool, has_adapters: bool) -> None:
     config, first = named_config(sizes_named("tiny")), first_coordinate_id(sizes_named("tiny"))
+    ids = tuple(range(first, first + 1000))
+    adapter = adapter_settings(rank=16, coordinate_ids=ids) if has_adapters else None
     settings = PracticeSettings(
         precision="float32",
         is_checkpointing_activations=is_checkpointing,
         loss_chunk_positions=64,
         first_coordinate_id=first,
+        adapter=adapter,
     )
     practice = PracticeLearner(config, settings, torch.device("cpu"))
     shape = RowShape(num_segments=6, image_grid=(8, 8), prompt_tokens=60)
@@ -103,7 +113,10 @@ def test_a_row_is_predicted_within_a_tenth(is_checkpointing: bool) -> None:
     practice.backward([row])
     measured = measure_peak(lambda: practice.backward([row]), practice.device)
 
-    cost = probe_row(config, replace(settings, first_coordinate_id=PROBE_FIRST_COORDINATE))
+    first = PROBE_FIRST_COORDINATE
+    if adapter is not None:
+        adapter = replace(adapter, coordinate_ids=tuple(range(first, first + 1000)))
+    cost = probe_row(config, replace(settings, first_coordinate_id=first, adapter=adapter))
 
     assert cost.row_bytes(shape.num_tokens, shape.num_patches) == pytest.approx(measured, rel=0.1)
 

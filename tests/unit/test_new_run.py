@@ -91,6 +91,22 @@ def test_the_command_says_what_it_measured_and_wrote_and_what_is_next(
     assert "is there already" in str(again.exception)
 
 
+@pytest.mark.req("U-1", "L-14")
+def test_adapters_are_offered_and_merged_between_the_warm_start_and_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["new", "mine", "--data", str(data), "--model", str(SHIPPED_MODEL), "--gpus", "0", "--lora"]
+
+    done = CliRunner().invoke(app, words)
+
+    assert done.exit_code == 0, done.output
+    assert "&& rollstream model export runs/mine-warm models/mine-warm && rollstream up" in done.output
+    warm, main = (load_config(tmp_path / name) for name in ("mine-warm.yaml", "mine.yaml"))
+    assert warm.training.lora.rank == main.training.lora.rank == 16
+    assert main.model.name_or_path == "models/mine-warm"
+
+
 def test_a_shape_that_no_processor_takes_is_left_out_by_the_configuration(data: Path, tmp_path: Path) -> None:
     write_picture(data / "flat.png", 3000, 10)
     flat: dict[str, Any] = {"images": ["flat.png"], "width": 3000, "height": 10, "objects": [BOX]}
