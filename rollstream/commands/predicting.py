@@ -46,7 +46,7 @@ def predict(
     out: str | Path,
     *,
     max_new_tokens: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Write what ``model`` finds in ``images`` (files or folders) to ``out`` and return what was written.
 
