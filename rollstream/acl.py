@@ -65,13 +65,14 @@ IDENTITY: Final = Grant(
 
 def _place(role: str) -> Grant:
     """Return the right to hold the one place of a role, and to have it looked at in every script."""
-    return Grant(commands=f"{CALL} time hmget hset hincrby xadd", writes=f"events counters lease:{role}")
+    return Grant(commands=f"{CALL} time hget hmget hset hincrby xadd", writes=f"events counters lease:{role}")
 
 
 POLICY: Final = Grant(commands="hgetall", reads="policy")
 SERVER_LOCK: Final = Grant(commands=f"{CALL} set get del pexpire pttl", writes="server_lock:*")
 SERVER_SLOTS: Final = Grant(
-    commands=f"{CALL} time zremrangebyscore zrange zcard zadd zrem", writes="server_slots:* events counters"
+    commands=f"{CALL} time zremrangebyscore zrange zcard zscore zadd zrem",
+    writes="server_slots:* events counters",
 )
 GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "dispatcher": (
@@ -102,7 +103,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "matcher": (
         Grant(
             commands=(
-                f"{CALL} {CONSUME} multi exec expire hdel hincrby mget mset strlen getrange rename "
+                f"{CALL} {CONSUME} multi exec expire hdel hincrby mget set mset strlen getrange rename "
                 "unlink smismember srem xadd xdel xpending xrange xtrim"
             ),
             writes="events counters segments matched rejected evaluations admitted tries "

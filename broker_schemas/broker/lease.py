@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -48,9 +49,9 @@ class Lease:
 
         Raises ConfigError naming a holder that goes on keeping it; BrokerError.
         """
-        gone, ends_before = 0, -1.0
+        gone, ends_before, this_call = 0, -1.0, secrets.token_hex(8)
         while True:
-            reply = _ask(broker, role, token=0, lease_ms=lease_ms, gone=gone)
+            reply = _ask(broker, role, token=0, lease_ms=lease_ms, gone=gone, call=this_call)
             if reply[0]:
                 return cls(broker, role, int(reply[0]), lease_ms)
             token, holder, left_ms = int(reply[1]), _read_holder(reply[2]), int(reply[3])
@@ -144,8 +145,8 @@ def describe(holder: Mapping[str, Any]) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', 'an unknown host')}"
 
 
-def _ask(broker: Broker, role: str, *, token: int, lease_ms: int, gone: int = 0) -> Any:
-    arguments: list[str | int] = [token, json.dumps(own_holder()), lease_ms, role, gone]
+def _ask(broker: Broker, role: str, *, token: int, lease_ms: int, gone: int = 0, call: str = "") -> Any:
+    arguments: list[str | int] = [token, json.dumps(own_holder()), lease_ms, role, gone, call]
     return broker.run("hold_lease", [f"lease:{role}"], arguments)
 
 

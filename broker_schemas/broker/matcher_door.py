@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal
@@ -11,9 +11,10 @@ from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
 from broker_schemas.broker.group_reader import IDLE_MS, GroupReader, Row
 from broker_schemas.broker.keys import MATCHER_GROUP
-from broker_schemas.errors import BrokerUnavailable
+from broker_schemas.errors import BrokerFull, BrokerUnavailable
 from broker_schemas.records.records import NOT_STEP_BOUND, MatchedSegment
 
+BROUGHT_KEPT_S: Final = 120
 TRIES_KEPT_S: Final = 7 * 24 * 3600
 BODY_APART_SINCE: Final = 2
 """The schema version of an entry from which on its body lies beside the stream."""
@@ -73,13 +74,19 @@ class MatcherDoor:
         return self._with_bodies(self._reader.found_again(now_s, count=count, held=held))
 
     def note_try(self, entry: RawEntry) -> int:
-        """Note that ``entry`` is now judged alone; return how often it was, this time included."""
+        """Note that ``entry`` is now judged alone; return how often it was, this time included.
+
+        A server at its memory limit takes no note: it counts as the first time, for judging frees memory.
+        """
         key = self.broker.keys.named("tries")
-        with broker_errors("noting a try"):
-            pipe = self.broker.client.pipeline()
-            pipe.hincrby(key, entry.entry_id.decode(), 1)
-            pipe.expire(key, TRIES_KEPT_S)
-            return int(pipe.execute()[0])
+        try:
+            with broker_errors("noting a try"):
+                pipe = self.broker.client.pipeline(transaction=False)
+                pipe.hincrby(key, entry.entry_id.decode(), 1)
+                pipe.expire(key, TRIES_KEPT_S)
+                return int(pipe.execute()[0])
+        except BrokerFull:
+            return 1
 
     def forget_tries(self, entry: RawEntry) -> None:
         """Forget the tries of an entry that was judged."""
@@ -106,18 +113,24 @@ class MatcherDoor:
     ) -> Callable[[], list[str]]:
         """Encode a commit; what is returned sends it, in any thread, and returns what ``commit`` does."""
         arguments: list[str | int | bytes] = [MATCHER_GROUP, oldest_policy_version, len(verdicts)]
-        bodies: list[tuple[str, bytes]] = []
+        bodies: dict[str, bytes] = {}
         for verdict in verdicts:
             arguments += _verdict_arguments(verdict)
             if verdict.segment is not None and verdict.outcome == "matched":
-                bodies.append((self.broker.keys.made(verdict.entry.record_id), verdict.segment.encode_body()))
+                bodies[verdict.entry.record_id] = verdict.segment.encode_body()
         return partial(self._send_commit, arguments, bodies) if verdicts else list
 
-    def _send_commit(
-        self, arguments: Sequence[str | int | bytes], bodies: Sequence[tuple[str, bytes]]
-    ) -> list[str]:
+    def _send_commit(self, arguments: Sequence[str | int | bytes], bodies: Mapping[str, bytes]) -> list[str]:
         named_keys = ["segments", "matched", "rejected", "evaluations"]
-        reply = self.broker.run("commit_match", named_keys, arguments, bodies=bodies)
+        made = [(self.broker.keys.made(name), body) for name, body in bodies.items()]
+        try:
+            reply = self.broker.run("commit_match", named_keys, arguments, bodies=made)
+        except BrokerFull:
+            if not made:
+                raise
+            flat = [part for pair in bodies.items() for part in pair]
+            self.broker.run("bring_segments", [], [BROUGHT_KEPT_S, len(bodies), *flat])
+            reply = self.broker.run("commit_match", named_keys, arguments)
         statuses: list[str] = reply.decode().split()
         if "no_body" in statuses:
             raise BrokerUnavailable(

@@ -124,11 +124,8 @@ class QueueMachine(RuleBasedStateMachine):
         assert found == sorted(self.model.reissue(OVER.max_attempts, is_over=is_over))
 
     def renew(self, rng: random.Random) -> None:
-        name, is_over, is_held = (
-            rng.choice(["r-0", *self.model.requests]),
-            rng.random() < 0.6,
-            rng.random() < 0.8,
-        )
+        name = rng.choice(["r-0", *self.model.requests])
+        is_over, is_held = rng.random() < 0.6, rng.random() < 0.8
         say = renew_lease if is_held else release_lease
         told = say(self.broker, name, OVER if is_over else FRESH)
         assert told == self.model.renew(name, is_over=is_over, is_held=is_held)

@@ -57,7 +57,7 @@ SERVANTS: Final = [role for role in ROLES if role != "operator"]
 SCRIPTS: Final[dict[Role, tuple[str, ...]]] = {
     "dispatcher": ("issue_requests", "reissue_requests", "fail_request", "hold_lease"),
     "producer": ("push_segments", "take_slots", "renew_request"),
-    "matcher": ("commit_match", "reap_consumers"),
+    "matcher": ("commit_match", "bring_segments", "reap_consumers"),
     "packer": ("commit_pack", "drop_matched", "reap_consumers", "hold_lease"),
     "learner": (
         *("open_step", "claim_step", "commit_step", "quarantine", "settle_checkpoint", "publish_policy"),
@@ -66,7 +66,9 @@ SCRIPTS: Final[dict[Role, tuple[str, ...]]] = {
     "archive": ("advance_archive", "hold_lease"),
 }
 OF_PRELUDE: Final = {
-    "emit(": {"xadd"},
+    "emit(": {"xadd", "hincrby"},
+    "trim_log(": {"hmget", "hincrby", "xlen", "xrange", "xtrim"},
+    "bound_unkept_log(": {"exists", "hmget", "hincrby", "xlen", "xrange", "xtrim"},
     "go_on_at_the_limit(": {"hdel"},
     "count(": {"hincrby"},
     "free_payloads(": {"strlen", "unlink", "hincrby"},

@@ -11,6 +11,8 @@ import redis
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, check_takes_jobs
 from broker_schemas.broker.event_log import read_events
+from broker_schemas.broker.keys import MATCHER_GROUP
+from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.rollout_requests import RolloutRequest
 from broker_schemas.broker.status import read_status
@@ -18,8 +20,10 @@ from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused
 from producers.jobs import enqueue_request, rollout_queue
 from rollstream.wiring import access
 from tests.builders.configs import load_mapping, make_mapping, put
+from tests.builders.records import a_segment
 from tests.conftest import redis_server_program
-from tests.contract.test_transitions import a_learner, push, ready_packs
+from tests.contract.test_lost_replies import lose_reply
+from tests.contract.test_transitions import a_learner, match_all, pack_all, push, ready_packs
 from tests.redis_servers import program_or_skip, running_server
 
 
@@ -62,6 +66,42 @@ def test_a_cluster_holds_a_run_but_its_jobs_need_a_server_of_their_own(
         enqueue_request(queue, request, attempt=1, job_timeout_s=60)
         assert queue.count == 1
         queue.delete(delete_jobs=True)
+
+
+@pytest.mark.req("Q-12")
+@pytest.mark.parametrize("program", [redis_server_program(), shutil.which("redis-server")])
+def test_a_server_full_of_rollouts_alone_frees_itself(tmp_path: Path, program: str | None) -> None:
+    if program is None:
+        pytest.skip("one server alone here")
+    with running_server(program, ["--port", "0"], tmp_path / "log") as socket:
+        broker = Broker.connect("demo", BrokerAddress(url=f"unix://{socket}"))
+        publish_policy(broker, policy_version=0, optimizer_step=0, weights_path="w")
+        names = [f"r-{number}" for number in range(40)]
+        push(broker, *names)
+        lose_reply(broker, "segments", MATCHER_GROUP, "matcher-0", 5)  # pending and found again at the limit
+        broker.client.config_set("maxmemory", "1")
+        with pytest.raises(BrokerFull):
+            push(broker, "late")
+        learner = a_learner(broker, version_window=9)
+        door = MatcherDoor(broker, "matcher-0")
+        for entry in door.found_again(0.0, count=9):
+            assert door.note_try(entry) == 1
+            verdict = MatchVerdict(entry=entry, outcome="matched", segment=a_segment(entry.record_id, 20))
+            assert door.commit([verdict], oldest_policy_version=0) == ["matched"]
+        assert match_all(broker) == ["matched"] * 35
+        pack_all(broker, [number % 2 for number in range(40)], queue_limit=40)
+        for step in range(20):
+            claim = learner.claim_step(optimizer_step=step, scheduled_kind="B", policy_version=0)
+            assert claim is not None
+            assert len(learner.fetch_segments(claim.record_ids)) == 2
+            learner.commit_step(optimizer_step=step, summary={"loss": 1.0})
+        learner.settle_checkpoint(optimizer_step=20)
+        status = read_status(broker, 2)
+        assert (status.total("bytes"), status.total("trained_segments")) == (0, 40)
+        assert not list(broker.client.scan_iter(broker.keys.prefix + "made:*"))
+        broker.client.config_set("maxmemory", "0")
+        assert push(broker, "late") == ["ok"]
+        broker.close()
 
 
 @pytest.mark.req("Q-12")

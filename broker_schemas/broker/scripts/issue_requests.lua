@@ -19,7 +19,7 @@ if stale_after then
   if (redis.call('HGET', KEYS[4], 'stale_after') or '') ~= stale_before then return {0, tonumber(cursor)} end
   redis.call('HSET', KEYS[4], 'stale_after', stale_after)
 end
-local looked_for_at, records = now_ms() + tonumber(ARGV[2]), 0
+local looked_for_at, records = now_ms() + look_after(ARGV[2]), 0
 for i = 0, tonumber(ARGV[6]) - 1 do
   local at = 7 + 7 * i
   local id, num = ARGV[at], tonumber(ARGV[at + 2])

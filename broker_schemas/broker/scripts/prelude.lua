@@ -142,6 +142,11 @@ local function now_ms()
   return now[1] * 1000 + math.floor(now[2] / 1000)
 end
 
+-- When a request that no worker has is looked for in the queue, ms from now: soon, for its job may be lost with a
+-- reply, and a lease may be an hour.
+local LOOK_AFTER_MS = 10000
+local function look_after(lease_ms) return math.min(tonumber(lease_ms), LOOK_AFTER_MS) end
+
 local function close_request(id)
   redis.call('DEL', PREFIX .. 'request:' .. id)
   redis.call('ZREM', PREFIX .. 'requests', id)

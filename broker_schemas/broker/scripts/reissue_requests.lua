@@ -23,7 +23,7 @@ for _, id in ipairs(due) do
       emit('reissued', 'request_id', id, 'attempt', attempt)
       count('reissued', 1)
     end
-    redis.call('ZADD', KEYS[3], now + tonumber(ARGV[2]), id)
+    redis.call('ZADD', KEYS[3], now + look_after(ARGV[2]), id)
     for _, value in ipairs({id, tonumber(attempt), spec, taken and 0 or 1}) do found[#found + 1] = value end
   end
 end

@@ -6,7 +6,8 @@
 -- Reply: 1, or 0 when the request is closed: its records are no longer wanted.
 go_on_at_the_limit()
 if not redis.call('ZSCORE', KEYS[3], ARGV[2]) then return 0 end
-redis.call('ZADD', KEYS[3], 'XX', now_ms() + tonumber(ARGV[3]), ARGV[2])
+local until_ms = ARGV[4] == '1' and tonumber(ARGV[3]) or look_after(ARGV[3])
+redis.call('ZADD', KEYS[3], 'XX', now_ms() + until_ms, ARGV[2])
 local key = PREFIX .. 'request:' .. ARGV[2]
 if ARGV[4] == '1' then redis.call('HSET', key, 'taken', 1) else redis.call('HDEL', key, 'taken') end
 return 1

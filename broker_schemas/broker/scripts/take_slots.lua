@@ -16,6 +16,10 @@ if wanted == 0 then
   end
   return 0
 end
-local given = math.min(wanted, math.max(0, tonumber(ARGV[4]) - redis.call('ZCARD', KEYS[3])))
+local own = 0 -- said again after a lost reply, it holds them already
+for i = 1, wanted do
+  if redis.call('ZSCORE', KEYS[3], ARGV[2] .. ':' .. i) then own = own + 1 end
+end
+local given = math.min(wanted, math.max(0, tonumber(ARGV[4]) - redis.call('ZCARD', KEYS[3]) + own))
 for i = 1, given do redis.call('ZADD', KEYS[3], lease_end, ARGV[2] .. ':' .. i) end
 return given
