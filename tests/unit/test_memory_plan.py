@@ -95,7 +95,7 @@ def test_the_meter_sees_what_is_held_at_one_time() -> None:
 
 
 @pytest.mark.req("L-12")
-@pytest.mark.parametrize("is_checkpointing, has_adapters", [(False, False), (True, False)])
+@pytest.mark.parametrize("is_checkpointing, has_adapters", [(False, False), (True, False), (True, True)])
 def test_a_row_is_predicted_within_a_tenth(is_checkpointing: bool, has_adapters: bool) -> None:
     config, first = named_config(sizes_named("tiny")), first_coordinate_id(sizes_named("tiny"))
     ids = tuple(range(first, first + 1000))
