@@ -11,9 +11,15 @@ from typing import Literal
 
 from consumers.bin_completion import WorkExhausted, complete_bins
 from consumers.packing import OVERSIZED_ADVICE, OversizedSegment, PackingError, check_lengths, select_pack
+from consumers.window_repair import repair_by_exchange
 
 MAX_SEARCH_WORK = 600_000
 """Work bound of the exact search, in steps; about half a second on one core."""
+
+MAX_EXCHANGE_WORK = 900_000
+"""Work bound of the exchange between packs, in divisions; about half a second on one core."""
+SURE_SEGMENTS = 32
+"""Up to so many the exact search has its answer; above it, exchange comes first."""
 
 InfeasibleReason = Literal["sum_over_capacity", "fewer_segments_than_packs", "indivisible"]
 
@@ -40,18 +46,20 @@ def schedule_window(
     `lengths` are encoded lengths in tokens, in insertion order. Every index is in exactly one pack; indices
     ascend in a pack, packs are ordered by their first index, and the same input always gives the same answer.
     Longest processing time first (Graham 1969) gives balanced packs. Where it does not fit, packs are filled
-    one after the other, and where that does not fit either, an exact search decides; both are evened out
-    afterwards. Raises `InfeasibleWindow` with one of three reasons (no segments at all are
-    `fewer_segments_than_packs`), `WindowSearchExhausted` if `max_search_work` did not decide, and
-    `PackingError` for values below 1.
+    one after the other; where that does not fit either, packs exchange segments (above SURE_SEGMENTS) and an
+    exact search decides; all are evened out afterwards. Raises `InfeasibleWindow` with one of three reasons
+    (no segments at all are `fewer_segments_than_packs`), `WindowSearchExhausted` if `max_search_work` did not
+    decide, and `PackingError` for values below 1.
     """
     if num_packs < 1:
         raise PackingError(f"number of packs in a window: got {num_packs}, expected at least 1")
     checked = _check_window(lengths, capacity, num_packs)
     packs = longest_first(checked, capacity, num_packs)
     if packs is None:
-        packs = _one_by_one(checked, capacity, num_packs) or _search(
-            checked, capacity, num_packs, max_search_work
+        packs = (
+            _one_by_one(checked, capacity, num_packs)
+            or _exchange(checked, capacity, num_packs)
+            or _search(checked, capacity, num_packs, max_search_work)
         )
         _fill_empty(packs, checked)
         _even_out(packs, checked)
@@ -114,6 +122,14 @@ def _one_by_one(lengths: list[int], capacity: int, num_packs: int) -> list[list[
         taken = set(chosen)
         left = [i for i in left if i not in taken]
     return None if left else members
+
+
+def _exchange(lengths: list[int], capacity: int, num_packs: int) -> list[list[int]] | None:
+    if len(lengths) <= SURE_SEGMENTS:
+        return None
+    start = longest_first(lengths, sum(lengths), num_packs)
+    assert start is not None, "nothing is too long for a pack of all tokens"
+    return repair_by_exchange(lengths, capacity, start, MAX_EXCHANGE_WORK)
 
 
 def _search(lengths: list[int], capacity: int, num_packs: int, max_work: int) -> list[list[int]]:

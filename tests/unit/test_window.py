@@ -30,6 +30,30 @@ def is_feasible_by_brute_force(lengths: list[int], capacity: int, num_packs: int
     return bool(states) and any(all(loads) for loads in states)
 
 
+def cut_into_two_or_three(seed: int, capacity: int, num_packs: int, fill: float) -> list[int]:
+    """Return the lengths of a window that has a division: each pack filled to ``fill`` by two or three."""
+    rng = random.Random(seed)
+    tokens = int(capacity * fill)
+    lengths: list[int] = []
+    for _ in range(num_packs):
+        cuts = sorted(rng.sample(range(1, tokens), rng.choice((1, 2))))
+        lengths += [end - start for start, end in zip([0, *cuts], [*cuts, tokens], strict=True)]
+    rng.shuffle(lengths)
+    return lengths
+
+
+@pytest.mark.req("P-7")
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("capacity", "num_packs"), [(1024, 25), (4096, 40), (16384, 54)])
+def test_many_packs_of_two_or_three_segments_at_99_percent_are_divided(
+    seed: int, capacity: int, num_packs: int
+) -> None:
+    lengths = cut_into_two_or_three(seed, capacity, num_packs, 0.99)
+    packs = schedule_window(lengths, capacity, num_packs)
+    assert_is_a_division(packs, lengths, capacity, num_packs)
+    assert packs == schedule_window(lengths, capacity, num_packs)
+
+
 def assert_is_a_division(packs: list[list[int]], lengths: list[int], capacity: int, num_packs: int) -> None:
     assert len(packs) == num_packs
     assert all(packs)
