@@ -95,7 +95,8 @@ class Milestones:
         """Load the latest checkpoint that rank 0 sees, if there is one; return where the run stands."""
         found = None
         if self._ranks.is_first:
-            remove_leftovers(self._settings.checkpoints_dir)
+            for folder in (self._settings.checkpoints_dir, self._settings.policy_dir):
+                remove_leftovers(folder)
             latest = checkpoints.latest_checkpoint(self._settings.checkpoints_dir)
             found = None if latest is None else latest.name
         name = self._ranks.broadcast(found, what="choice of the checkpoint to resume from")

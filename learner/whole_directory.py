@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
     A ``final`` that exists is replaced. On an error the staging directory is removed and what was there
     before stays. Raises RunStopped naming path and remedy when the disk refuses.
     """
-    staging = new_staging(final)
+    staging = new_staging(final, _own_mark())
     try:
         with refusals_named(final):
             yield staging
@@ -33,7 +34,7 @@ def whole_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def new_staging(final: Path, mark: str = "") -> Path:
+def new_staging(final: Path, mark: str) -> Path:
     """Make an empty staging directory beside ``final``, which ``mark`` tells from those of other writers.
 
     Raises RunStopped when the disk refuses.
@@ -41,7 +42,7 @@ def new_staging(final: Path, mark: str = "") -> Path:
     staging = final.parent / f"{STAGING_MARK}{final.name}{mark}"
     with refusals_named(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
         staging.mkdir()
     return staging
 
@@ -70,10 +71,10 @@ def refusals_named(final: Path) -> Iterator[None]:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what writers that were killed have left in ``parent``."""
+    """Remove what writers that were killed have left in ``parent``; what cannot be removed is passed by."""
     for mark in (STAGING_MARK, ASIDE_MARK):
         for path in parent.glob(f"{mark}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def numbered_directories(parent: Path, prefix: str) -> list[tuple[int, Path]]:
@@ -97,11 +98,11 @@ def keep_last(parent: Path, prefix: str, num_kept: int, *, also: int | None = No
     older = numbered_directories(parent, prefix)[: -max(num_kept, 1)]
     removed = [path for number, path in older if number != also]
     for path in removed:
-        # renamed first: a reader sees the directory whole or not at all
-        aside = path.with_name(f"{ASIDE_MARK}{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        # renamed first: a reader sees the directory whole or not at all; one too many ends no run
+        aside = _aside(path)
+        with suppress(OSError):
+            path.rename(aside)
+            _remove(aside)
     return removed
 
 
@@ -115,8 +116,7 @@ def copy_companions(source: Path, destination: Path) -> None:
 
 
 def _move_into_place(staging: Path, final: Path) -> None:
-    aside = final.with_name(f"{ASIDE_MARK}{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(final)
     if final.exists():
         final.rename(aside)
     try:
@@ -126,7 +126,25 @@ def _move_into_place(staging: Path, final: Path) -> None:
             aside.rename(final)
         raise
     _sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+
+
+def _aside(path: Path) -> Path:
+    # a name of its own: what an earlier writer left under a fixed one may be in the way for ever
+    return path.with_name(f"{ASIDE_MARK}{path.name}{_own_mark()}")
+
+
+def _own_mark() -> str:
+    return f"-{secrets.token_hex(4)}"
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory, as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -156,6 +156,31 @@ def test_a_half_written_directory_of_a_killed_run_is_no_checkpoint(tmp_path: Pat
     assert not left_over.exists()
 
 
+@pytest.mark.req("L-6")
+def test_leftovers_that_nobody_can_remove_stop_neither_writing_nor_clearing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [".replaced-v3", ".writing-v3", ".replaced-v1"]
+    for name in names[:2]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(b"old")
+    (tmp_path / names[2]).write_bytes(b"a file is in the way")
+    for number in (1, 2, 3):
+        (tmp_path / f"v{number}").mkdir()
+    monkeypatch.setattr(whole_directory, "_remove", lambda path: None)
+
+    with whole_directory.whole_directory(tmp_path / "v3") as staging:
+        (staging / "weights").write_bytes(b"new")
+    removed = whole_directory.keep_last(tmp_path, "v", 1)
+    assert (tmp_path / "v3" / "weights").read_bytes() == b"new"
+    assert [path.name for path in removed] == ["v1", "v2"]
+    assert [path.name for _, path in whole_directory.numbered_directories(tmp_path, "v")] == ["v3"]
+
+    monkeypatch.undo()
+    whole_directory.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["v3"]
+
+
 def test_writing_the_same_step_again_replaces_it(tmp_path: Path, companions: Path) -> None:
     write(tmp_path / "run", companions, 5, seed=1)
     write(tmp_path / "run", companions, 5, seed=2)
