@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer trained on payload text, with Qwen's special tokens and 1000 coordinate tokens.
 
-Structure is cut so that ``"]}`` ends a token and ``, "object_`` starts one: an object list that is cut after
-a complete object, or appended to, has the same tokens as one written in one go.
+Structure takes few tokens. As with ordinary tokenizers, the one by which a list goes on or ends after an
+object (``"]},`` or ``"]}}``) also holds what closes the object.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ QWEN_TOKENS: Final = (
 )
 WILDCARD_COORDINATE: Final = "<|coord_*|>"
 PIECE_PATTERN: Final = (
-    r'\{"object_|, "object_|": \{"desc": "|", "bbox_2d": \["|", "poly": \[\["|"\]\]\}|"\]\}|"\], \["|", "'
-    r"| ?\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]"
+    r'\{"object_| "object_|": \{"desc": "|", "bbox_2d": \["|", "poly": \[\["|"\], \["|", "'
+    r"| ?\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+"
 )
 CHAT_TEMPLATE: Final = (
     "{%- for message in messages %}"

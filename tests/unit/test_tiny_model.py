@@ -13,9 +13,10 @@ from broker_schemas.errors import DataError
 from broker_schemas.method.coordinates import CoordVocabulary
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import load_policy
-from broker_schemas.method.payload import render_entries, render_payload
-from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.method.payload import render_payload
+from broker_schemas.method.prompt import PromptBuilder, load_tokenizer
 from broker_schemas.records.records import GroundTruthObject
+from consumers.joins import examine_join
 from rollstream.models.tiny_model import PRESETS, TinySizes, make_tiny_model
 from tests.builders.datasets import tree_bytes, write_picture
 
@@ -53,27 +54,28 @@ def test_the_vocabulary_holds_exactly_1000_coordinates_and_the_wildcard_is_none(
     assert len(tokenizer) <= 256 + 640 + 8 + 1001
 
 
-def test_structure_takes_few_tokens_and_is_cut_after_each_object(tiny_folder: Path) -> None:
+def test_structure_takes_few_tokens_and_the_model_decides_in_one_after_each_object(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
 
     found = pieces(tokenizer, render_payload([BOX, POLYGON]).text + "<|im_end|>")
 
     assert " ".join(found) == (
         '{"object_ 1 ": {"desc": " three ", "bbox_2d": [" '
-        '<|coord_406|> ", " <|coord_368|> ", " <|coord_767|> ", " <|coord_784|> "]} '
-        ', "object_ 2 ": {"desc": " leaf ", "poly": [[" '
+        '<|coord_406|> ", " <|coord_368|> ", " <|coord_767|> ", " <|coord_784|> "]}, '
+        ' "object_ 2 ": {"desc": " leaf ", "poly": [[" '
         '<|coord_1|> ", " <|coord_2|> "], [" <|coord_30|> ", " <|coord_4|> "], [" '
-        '<|coord_15|> ", " <|coord_60|> "]]} } <|im_end|>'
+        '<|coord_15|> ", " <|coord_60|> "]]}} <|im_end|>'
     )
 
 
-def test_an_appended_object_has_the_tokens_it_would_have_in_a_whole_payload(tiny_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    whole = tokenizer(render_payload([BOX, POLYGON]).text).input_ids
-    prefix = tokenizer(render_entries([BOX], opening="{", closing="").text).input_ids
-    fragment = tokenizer(render_entries([POLYGON], first_number=2, opening=", ").text).input_ids
+@pytest.mark.req("M-6")
+def test_going_on_and_ending_are_tokens_that_reach_into_what_is_kept(tiny_folder: Path) -> None:
+    tokenizer = load_tokenizer(tiny_folder)
 
-    assert prefix + fragment == whole
+    report = examine_join(tokenizer, CoordVocabulary.from_token_to_id(tokenizer.token_to_id))
+
+    assert report.is_exact
+    assert (report.going_on, report.ending) == (('`"]},`',), ('`"]}}`',))
 
 
 def test_any_text_survives_the_tokenizer(tiny_folder: Path) -> None:
