@@ -175,6 +175,20 @@ def test_yolo_boxes_and_segments_with_data_yaml(tmp_path: Path) -> None:
 
 
 @pytest.mark.req("D-1")
+@pytest.mark.req("D-1")
+@pytest.mark.parametrize("val, expected", [("images/held", {"train": 2, "val": 1}), ("images", {"train": 3})])
+def test_yolo_folders_of_splits_may_lie_in_one_another(
+    val: str, expected: dict[str, int], tmp_path: Path
+) -> None:
+    source = tmp_path / "src"
+    write(source / "data.yaml", f"train: images\nval: {val}\nnames: [cup]\n")
+    for place in ("a", "b", "held/c"):
+        write_picture(source / "images" / f"{place}.png")
+        write(source / "labels" / f"{place}.txt", "0 0.28125 0.25 0.3125 0.25\n")
+    import_dataset("yolo", source, tmp_path / "out")
+    assert {split: len(items) for split, items in samples(tmp_path / "out").items()} == expected
+
+
 def test_yolo_with_labels_beside_pictures_and_a_list_of_classes(tmp_path: Path) -> None:
     for number in range(4):
         write_picture(tmp_path / "src" / f"obj_train_data/p{number}.png")

@@ -112,7 +112,7 @@ def _yaml_splits(content: dict[str, Any]) -> dict[str, str]:
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, str) and not value.endswith(".txt"):
                 parts = [part for part in tidy_path(value).parts if part not in ("..", ".", "/")]
-                found["/".join(parts)] = split
+                found.setdefault("/".join(parts), split)
     return found
 
 
@@ -137,7 +137,8 @@ def _own_split(path: PurePosixPath, layout: _Layout) -> str | None:
         if listed_path.parts[-len(path.parts) :] == path.parts:
             return split
     folder = path.parent.as_posix()
-    for prefix, split in layout.split_by_prefix.items():
+    # a folder inside another one's is the narrower word
+    for prefix, split in sorted(layout.split_by_prefix.items(), key=lambda item: -item[0].count("/")):
         if prefix and (f"{folder}/".startswith(f"{prefix}/") or f"/{prefix}/".endswith(f"/{folder}/")):
             return split
     return folder_split(path)
