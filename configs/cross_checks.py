@@ -32,6 +32,7 @@ def cross_check(config: RunConfig, explicit: frozenset[KeyPath]) -> list[Problem
         *_model_and_data(config),
         *_method(config),
         *_devices(config),
+        *_evaluation(config),
         *_early_stop(config),
         *check_model_size(config),
         *_broker(config),
@@ -66,6 +67,14 @@ def _batch_contract(config: RunConfig) -> Iterator[Problem]:
             f"or set it to {ga}, or set effective_batch_size to {wanted * micro}"
         )
         yield Problem(message=message, paths=(GA, *BATCH_KEYS))
+
+
+def _evaluation(config: RunConfig) -> Iterator[Problem]:
+    if config.evaluation.in_stack and config.b_ratio == 0:
+        message = "got true, but a run without B steps has no producers; take it out: the learner evaluates"
+        yield Problem(
+            message=message, paths=(("evaluation", "in_stack"), ("stage2_ab", "schedule", "b_ratio"))
+        )
 
 
 def _early_stop(config: RunConfig) -> Iterator[Problem]:

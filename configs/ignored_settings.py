@@ -139,6 +139,11 @@ IGNORED_SETTINGS: tuple[IgnoredSetting, ...] = (
         why=_without_evaluation,
     ),
     IgnoredSetting(
+        prefix=("evaluation", "in_stack"),
+        depends=("training", "eval_every_steps"),
+        why=_without_evaluation,
+    ),
+    IgnoredSetting(
         prefix=("training", "min_learning_rate"), depends=("training", "lr_scheduler"), why=_without_decay
     ),
     *(

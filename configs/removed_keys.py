@@ -68,6 +68,7 @@ REMOVED_KEYS: tuple[RemovedKey, ...] = (
     ),
     RemovedKey(name="stage2_ab.schedule.pattern", say="use stage2_ab.schedule.b_ratio"),
     RemovedKey(name="training.packing_length", say="use training.global_max_length"),
+    RemovedKey(name="training.eval_num_samples", say="use evaluation.num_samples"),
 )
 
 

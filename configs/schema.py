@@ -23,7 +23,7 @@ from configs.run_sections import (
     TrackingSection,
 )
 from configs.section import Section
-from configs.training_sections import Stage2AbSection, Stage2AsyncSection, TrainingSection
+from configs.training_sections import EvaluationSection, Stage2AbSection, Stage2AsyncSection, TrainingSection
 
 AB_VARIANTS = ("stage2_ab_training", "stage2_async")
 
@@ -38,6 +38,7 @@ class RunConfig(Section):
     stage2_ab: Stage2AbSection = Field(default_factory=Stage2AbSection)
     stage2_async: Stage2AsyncSection = Field(default_factory=Stage2AsyncSection)
     training: TrainingSection
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     broker: BrokerSection = Field(default_factory=BrokerSection)
     devices: DevicesSection = Field(default_factory=DevicesSection)
     producers: ProducersSection = Field(default_factory=ProducersSection)
@@ -77,6 +78,12 @@ class RunConfig(Section):
         ratio = self.stage2_ab.schedule.b_ratio
         assert ratio is not None, "the cross checks refuse an A/B variant without b_ratio"
         return Fraction(ratio)
+
+    @property
+    def evaluates_in_stack(self) -> bool:
+        """Whether producers answer for the validation set beside training [L-8]."""
+        is_due = self.training.eval_every_steps > 0 and self.data.val_jsonl is not None
+        return is_due and self.b_ratio > 0 and self.evaluation.in_stack is not False
 
     @property
     def learner_world_size(self) -> int:

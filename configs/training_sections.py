@@ -127,11 +127,18 @@ class TrainingSection(Section):
     """Latest checkpoints that are kept; the best by the watched evaluation number is kept besides."""
     eval_every_steps: CountOrZero = 0
     """Optimizer steps between evaluations; 0 = none during training."""
-    eval_num_samples: Count | None = None
-    """Validation images per evaluation, the first ones of the file; null = all."""
     early_stop: EarlyStopSection = Field(default_factory=EarlyStopSection)
     num_threads: CountOrZero = 1
     """CPU threads per learner rank; 0 = as torch chooses."""
+
+
+class EvaluationSection(Section):
+    """Who evaluates while a run trains, and on what; how often is `training.eval_every_steps`."""
+
+    in_stack: bool | None = None
+    """By the producers, beside training; null = where a run has producers; off = the learner stops for it."""
+    num_samples: Count | None = None
+    """Validation images per evaluation, the first ones of the file; null = all."""
 
 
 class ScheduleSection(Section):

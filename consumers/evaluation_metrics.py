@@ -19,13 +19,14 @@ Result = Mapping[str, Any]
 _SHOWN_IOUS: Final = (("_50", 0.5), ("_95", 0.95))
 
 
-def evaluation_metrics(results: Sequence[Result]) -> dict[str, float]:
+def evaluation_metrics(results: Sequence[Result], *, num_unanswered: int = 0) -> dict[str, float]:
     """Return the metrics of ROLLOUT_MATCHING section 10 for evaluation results, keys ``eval_rollout_…``.
 
     A result is the body of an EvaluationResult. What each number means is in ``evaluation_numbers``. Shares
     are 0 where there is nothing to divide by; AP is absent where a prediction has no log-probability, AP of a
     size where nothing of it is labelled. Neither the order of results nor the names of their records matter;
     no results: all zero.
+    ``num_unanswered`` images have no result: their rollouts were refused or given up.
     Raises DataError for a result without one of the keys.
     """
     ordered = sorted(results, key=_content)
@@ -43,6 +44,7 @@ def evaluation_metrics(results: Sequence[Result]) -> dict[str, float]:
         "fp": num_predictions - counts["matched"],
         "fn": num_truth - counts["matched"],
         "samples": len(ordered),
+        "unanswered": num_unanswered,
         "duplicates": counts["duplicates"],
         "duplicates_per_image": _ratio(counts["duplicates"], len(ordered)),
         "parse_truncated_rate": _ratio(counts["truncated"], len(ordered)),

@@ -7,6 +7,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from broker_schemas.records.evaluation_state import EvaluationNumbers
 from broker_schemas.records.packs import ReadyPack
 
 # shown at 0 before they first happen, so that a rate over them has a beginning
@@ -53,6 +54,33 @@ class MatcherMetrics:
     def on_counters(self, counters: Mapping[str, int]) -> None:
         for name, number in counters.items():
             self._objects.labels(name).inc(number)
+
+
+class EvaluatorMetrics:
+    """What the evaluator tells: the numbers of the last round, and how far the next one is."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._numbers = Gauge(
+            "rollstream_round_evaluation", "Last evaluation by the producers", ["metric"], registry=registry
+        )
+        self._version = Gauge(
+            "rollstream_evaluated_policy_version",
+            "Policy version of the last evaluation by the producers.",
+            registry=registry,
+        )
+        self._waiting = Gauge(
+            "rollstream_evaluation_waiting_records",
+            "Results of the evaluation that is under way.",
+            registry=registry,
+        )
+
+    def on_waiting(self, num_results: int) -> None:
+        self._waiting.set(num_results)
+
+    def on_numbers(self, numbers: EvaluationNumbers) -> None:
+        self._version.set(numbers.policy_version)
+        for name, value in numbers.metrics.items():
+            self._numbers.labels(name).set(value)
 
 
 class PackerMetrics:

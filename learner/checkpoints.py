@@ -40,7 +40,8 @@ class TrainerState:
     """Where a run stands. ``optimizer_step``: steps done, so the number of the next one.
 
     ``dataset_position``: ground-truth places passed. ``best_f1``, ``best_step`` (steps done then) and
-    ``evaluations_since_best`` serve early stopping; -1 before the first evaluation. ``run_id``: whose
+    ``evaluations_since_best`` serve early stopping; -1 before the first evaluation. ``evaluated_step``:
+    steps done at the last evaluation by others that was noted. ``run_id``: whose
     checkpoint it is, empty where nobody said. ``recent_kinds``: A or B for each of the last steps.
     """
 
@@ -50,6 +51,7 @@ class TrainerState:
     best_f1: float = -1.0
     best_step: int = -1
     evaluations_since_best: int = 0
+    evaluated_step: int = 0
     totals: dict[str, float] = field(default_factory=dict)
     run_id: str = ""
     recent_kinds: str = ""
@@ -86,7 +88,13 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
 
 def _check_values(state: TrainerState, checkpoint: Path) -> None:
     """Raise ValueError naming the first value that no run could have."""
-    for name in ("optimizer_step", "policy_version", "dataset_position", "evaluations_since_best"):
+    for name in (
+        "optimizer_step",
+        "policy_version",
+        "dataset_position",
+        "evaluations_since_best",
+        "evaluated_step",
+    ):
         value = getattr(state, name)
         if type(value) is not int or value < 0:
             raise ValueError(f"{name}: got {value!r}, expected a whole number of 0 or more")

@@ -31,14 +31,19 @@ def watched_value(results: Mapping[str, float], metric: str) -> float:
     )
 
 
-def note_evaluation(state: TrainerState, value: float, metric: str = "f1") -> TrainerState:
+def note_evaluation(
+    state: TrainerState, value: float, metric: str = "f1", *, at_step: int | None = None
+) -> TrainerState:
     """Return ``state`` after an evaluation with this ``value`` of the watched number.
+
+    ``at_step``: the steps done by what was evaluated, where that is not the state.
 
     The state keeps it so that more is better: as it is, else 1 / (1 + value).
     """
     score = 1.0 / (1.0 + value) if is_lower_better(metric) else value
     if score > state.best_f1:
-        return replace(state, best_f1=score, best_step=state.optimizer_step, evaluations_since_best=0)
+        best_step = state.optimizer_step if at_step is None else at_step
+        return replace(state, best_f1=score, best_step=best_step, evaluations_since_best=0)
     return replace(state, evaluations_since_best=state.evaluations_since_best + 1)
 
 

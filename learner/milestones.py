@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from learner.checkpoints import TrainerState
 from learner.distributed import Ranks
 from learner.early_stopping import note_evaluation, stop_reason, watched_value
 from learner.metrics import LearnerMetrics
-from learner.ports import Evaluate, SyncServers
+from learner.ports import Evaluate, ReadEvaluations, SyncServers
 from learner.settings import LearnerSettings
 from learner.step_report import LogRow
 from learner.step_rows import RowSources
@@ -37,7 +37,8 @@ _PATIENCE_WITH_DISK_S: Final = 10.0
 class LearnerParts:
     """What the wiring hands to the loop of one rank.
 
-    ``log``, ``evaluation_log`` and ``evaluate`` are used on rank 0 alone and may be None elsewhere.
+    ``log``, ``evaluation_log`` and ``evaluate`` are used on rank 0 alone and may be None elsewhere, as is
+    ``read_evaluations``, which is there where others evaluate beside training.
     ``sync_servers`` is called on rank 0 with a policy version and its folder before that version is
     published. ``confirm`` is called on rank 0 before files are written; it raises PlaceTaken once another
     learner has this run. ``on_step`` is called on rank 0 with each row of the training log.
@@ -51,6 +52,7 @@ class LearnerParts:
     log: TrainingLog | None = None
     evaluation_log: TrainingLog | None = None
     evaluate: Evaluate | None = None
+    read_evaluations: ReadEvaluations | None = None
     sync_servers: SyncServers | None = None
     on_step: Callable[[LogRow], None] = lambda row: None
     confirm: Callable[[], None] = lambda: None
@@ -177,6 +179,8 @@ class Milestones:
     def evaluate_if_due(self, state: TrainerState) -> tuple[TrainerState, str | None]:
         """Evaluate where it is due; return the state after it and why the run ends, None when it goes on."""
         settings, done = self._settings, state.optimizer_step
+        if settings.is_evaluated_by_others:
+            return self._note_others(state)
         is_due = settings.eval_every_steps > 0 and (
             done % settings.eval_every_steps == 0 or done == settings.max_steps
         )
@@ -198,6 +202,27 @@ class Milestones:
         value = watched_value(results, metric)
         noted = note_evaluation(state, value, metric)
         return noted, stop_reason(noted, value, settings.early_stop)
+
+    def _note_others(self, state: TrainerState) -> tuple[TrainerState, str | None]:
+        """Take what others found out since the last look, where weights were published; no wait."""
+        settings = self._settings
+        is_watched = settings.early_stop.target is not None or settings.early_stop.patience is not None
+        if not is_watched or not weights.is_publication_due(state.optimizer_step, settings.sync_every_steps):
+            return state, None
+        found: Sequence[tuple[int, dict[str, float]]] = ()
+        if self._ranks.is_first and self._parts.read_evaluations is not None:
+            found = self._parts.read_evaluations(state.evaluated_step)
+        found = self._ranks.broadcast(found, what=f"evaluations by optimizer step {state.optimizer_step - 1}")
+        metric = settings.early_stop.metric
+        for evaluated_step, results in found:
+            value = watched_value(results, metric)
+            state = replace(
+                note_evaluation(state, value, metric, at_step=evaluated_step), evaluated_step=evaluated_step
+            )
+            reason = stop_reason(state, value, settings.early_stop)
+            if reason is not None:
+                return state, f"{reason} (after {evaluated_step} steps)"
+        return state, None
 
     def _whole_model(self) -> Any:
         """Return a model that rank 0 can run by itself: what is trained, or a copy of all its shards."""

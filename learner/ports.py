@@ -13,6 +13,9 @@ from learner.collation import SegmentPixels
 Evaluate = Callable[[Any, int], dict[str, float]]
 """(model, optimizer steps done) -> metrics, keys of ROLLOUT_MATCHING section 10; called on rank 0."""
 
+ReadEvaluations = Callable[[int], Sequence[tuple[int, dict[str, float]]]]
+"""(optimizer steps done at the last one that is known) -> later ones by others: (steps done, metrics)."""
+
 FetchedPack = tuple[ReadyPack, list[MatchedSegment]]
 
 SyncServers = Callable[[int, str], None]

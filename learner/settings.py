@@ -54,6 +54,7 @@ class LearnerSettings:
     sync_every_steps: int = 1
     save_every_steps: int = 50
     eval_every_steps: int = 0
+    is_evaluated_by_others: bool = False
     num_checkpoints_kept: int = 2
     num_policies_kept: int = 4
     is_policy_published: bool = True

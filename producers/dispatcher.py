@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.evaluation_rounds import read_evaluation_state
 from broker_schemas.broker.role_loop import keep_stepping
 from broker_schemas.broker.rollout_requests import (
     LeaseSettings,
@@ -26,6 +27,7 @@ from broker_schemas.records.records import NOT_STEP_BOUND
 from producers.asked_again import StaleRollouts
 from producers.demand import DemandSettings, decide_demand, requests_to_issue
 from producers.demand_tracking import DemandTracker
+from producers.evaluation_demand import EvaluationSettings, has_room, is_over, next_chunk
 from producers.freshness_advice import freshness_advice
 from producers.jobs import RolloutQueue, enqueue_request, failed_requests, job_id_of
 from producers.metrics import DispatcherMetrics
@@ -35,11 +37,15 @@ from producers.step_demand import rollouts_for_open_step
 
 log = logging.getLogger(__name__)
 LEASE_CHECK_EVERY_S = 1.0
+EVALUATION_CHECK_EVERY_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatcherSettings:
-    """``demand`` is None for the on-policy variants: they serve exactly the open step."""
+    """``demand`` is None for the on-policy variants: they serve exactly the open step.
+
+    ``evaluation`` is None where nobody asks for the validation set.
+    """
 
     world_size: int
     num_samples: int
@@ -47,6 +53,7 @@ class DispatcherSettings:
     request_size: int
     demand: DemandSettings | None
     capacity_tokens: int
+    evaluation: EvaluationSettings | None = None
     start_segments_per_pack: float = 4.0
     lease: LeaseSettings = field(default_factory=LeaseSettings)
     job_timeout_s: int = 900
@@ -71,6 +78,8 @@ class Dispatcher:
         self._brake = FailureBrake()
         self._on_their_way: set[str] = set()
         self._stale = StaleRollouts(broker)
+        self._evaluate_at_s = 0.0
+        self._pushed_at_last_chunk = 0
 
     def loop(self, stop: threading.Event) -> None:
         """Step until ``stop``; a broker that is away is waited for."""
@@ -89,11 +98,41 @@ class Dispatcher:
         self._metrics.on_status(status.outstanding)
         if status.policy_version < 0:
             return 0
+        if self._settings.evaluation is not None and now_s >= self._evaluate_at_s:
+            self._evaluate_at_s = now_s + EVALUATION_CHECK_EVERY_S
+            self._evaluate(status, self._settings.evaluation)
+        if self._settings.evaluation is not None and is_over(status, self._settings.evaluation):
+            return 0
         wanted = self._wanted(status)
         self._note_endings(status, now_s)
         if wanted and not self._brake.may_issue(now_s):
             return 0
         return self._issue(wanted, status) if wanted else 0
+
+    def _evaluate(self, status: RunStatus, settings: EvaluationSettings) -> None:
+        """Ask for the next chunk of the validation set, where one is due and training can spare the place."""
+        state = read_evaluation_state(self._broker)
+        chunk = next_chunk(state, status.policy_version, settings)
+        if chunk is None or not has_room(
+            status,
+            pushed_at_last_chunk=self._pushed_at_last_chunk,
+            num_workers=self._queue.num_workers(),
+            settings=settings,
+        ):
+            return
+        request = chunk.request(self._broker.keys.run)
+        if issue_requests(
+            self._broker,
+            [request],
+            cursor=state.cursor,
+            next_cursor=chunk.next_cursor,
+            lease=self._settings.lease,
+            key="evaluation",
+        ):
+            self._pushed_at_last_chunk = status.total("pushed")
+            self._enqueue([request], attempt=1)
+            if chunk.start == 0:
+                log.info("dispatcher: policy version %d is evaluated", chunk.policy_version)
 
     def _wanted(self, status: RunStatus) -> int:
         demand = self._settings.demand

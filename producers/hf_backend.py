@@ -19,6 +19,7 @@ from broker_schemas.method.dataset import Sample
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import load_policy
 from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.records.records import Purpose
 from producers.rollout_backend import DecodingSettings, Generation
 
 
@@ -70,10 +71,17 @@ class HfBackend:
     """
 
     def __init__(
-        self, prompts: PromptBuilder, images: ImageProcessor, settings: HfBackendSettings, model: Any = None
+        self,
+        prompts: PromptBuilder,
+        images: ImageProcessor,
+        settings: HfBackendSettings,
+        model: Any = None,
+        *,
+        evaluation_images: ImageProcessor | None = None,
     ) -> None:
         self._prompts = prompts
         self._images = images
+        self._evaluation_images = evaluation_images or images
         self._settings = settings
         self._model = model
         self._policy_version = 0 if model is not None else -1
@@ -99,22 +107,28 @@ class HfBackend:
             load_weights(self._model, folder)
         self._policy_version = policy.policy_version
 
-    def generate(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Generation]:
+    def generate(
+        self, samples: Sequence[Sample], seeds: Sequence[int], *, purpose: Purpose = "train"
+    ) -> list[Generation]:
         """Generate in batches of at most ``decode_batch_size``; raises DataError for an unreadable image."""
         generations: list[Generation] = []
         size = self._settings.decode_batch_size
         for start in range(0, len(samples), size):
-            generations += self._generate_batch(samples[start : start + size], seeds[start : start + size])
+            batch = slice(start, start + size)
+            generations += self._generate_batch(samples[batch], seeds[batch], purpose)
         return generations
 
     def close(self) -> None:
         self._model = None
 
     @torch.inference_mode()
-    def _generate_batch(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Generation]:
+    def _generate_batch(
+        self, samples: Sequence[Sample], seeds: Sequence[int], purpose: Purpose
+    ) -> list[Generation]:
         if self._model is None:
             raise DataError("generation: no weights yet, expected a published policy; follow() one first")
-        loaded = [[self._images.load(image) for image in sample.image_paths] for sample in samples]
+        opener = self._images if purpose == "train" else self._evaluation_images
+        loaded = [[opener.load(image) for image in sample.image_paths] for sample in samples]
         grids = [tuple(grid for _, grid in images) for images in loaded]
         prompts = [self._prompts.build_ids(grid) for grid in grids]
         pixel_rows = [pixels for images in loaded for pixels, _ in images]
@@ -123,7 +137,7 @@ class HfBackend:
         logprobs = ChosenLogprobs()
         output = self._model.generate(
             **self._inputs(prompts, grids, pixel_rows),
-            **self._sampling(),
+            **self._sampling(self._settings.decoding.for_purpose(purpose)),
             logits_processor=LogitsProcessorList([logprobs, *self._penalties()]),
         )
         width = max(len(prompt) for prompt in prompts)
@@ -157,8 +171,7 @@ class HfBackend:
         penalty = self._settings.decoding.repetition_penalty
         return [] if penalty == 1.0 else [RepetitionPenaltyLogitsProcessor(penalty=float(penalty))]
 
-    def _sampling(self) -> dict[str, Any]:
-        decoding = self._settings.decoding
+    def _sampling(self, decoding: DecodingSettings) -> dict[str, Any]:
         chosen: dict[str, Any] = {
             "max_new_tokens": decoding.max_new_tokens,
             "do_sample": decoding.temperature > 0,

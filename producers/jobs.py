@@ -120,6 +120,11 @@ class RolloutQueue(Queue):  # type: ignore[misc]
         with broker_errors("reading the queue of rollout jobs"):
             return {raw.decode("utf-8", "replace") for raw in self.connection.lrange(self.key, 0, -1)}
 
+    def num_workers(self) -> int:
+        """Return how many workers are known to take jobs. Raises BrokerError."""
+        with broker_errors("counting rollout workers"):
+            return int(RolloutWorker.count(queue=self))
+
     def taken_job_ids(self) -> set[str]:
         """Return the ids of jobs on their way to a worker. Raises BrokerError."""
         with broker_errors("reading the queue of rollout jobs"):
@@ -182,6 +187,8 @@ def enqueue_request(queue: Queue, request: RolloutRequest, *, attempt: int, job_
                 failure_ttl=FAILED_JOB_TTL_S,
                 retry=Retry(max=RETRIES),
                 description=f"{len(request.samples)} rollouts of {request.request_id}",
+                # a round is asked for chunk by chunk, at a pace of its own: each need not wait for training
+                at_front=request.purpose == "evaluation",
             )
 
     try:

@@ -112,7 +112,8 @@ class Producer:
             self._follow_policy()
             samples = [self.datasets[request.purpose][index] for index, _ in request.samples]
             started_s = time.monotonic()
-            generations = self.backend.generate(samples, [seed for _, seed in request.samples])
+            seeds = [seed for _, seed in request.samples]
+            generations = self.backend.generate(samples, seeds, purpose=request.purpose)
             generation_s = time.monotonic() - started_s
             records = build_records(
                 request,

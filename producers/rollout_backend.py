@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.method.dataset import Sample
+from broker_schemas.records.records import Purpose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,10 @@ class DecodingSettings:
     top_p: float = 1.0
     top_k: int = -1
     repetition_penalty: float = 1.0
+
+    def for_purpose(self, purpose: Purpose) -> DecodingSettings:
+        """Return how rollouts of a purpose are sampled: greedily to evaluate."""
+        return self if purpose == "train" else replace(self, temperature=0.0, top_p=1.0, top_k=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +61,13 @@ class RolloutBackend(Protocol):
     def follow(self, policy: PublishedPolicy) -> None:
         """Take the weights of ``policy`` if they are not in use already; raises BrokerError or DataError."""
 
-    def generate(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Generation]:
-        """Generate one rollout a sample, in order; ``seeds`` go with the samples."""
+    def generate(
+        self, samples: Sequence[Sample], seeds: Sequence[int], *, purpose: Purpose = "train"
+    ) -> list[Generation]:
+        """Generate one rollout a sample, in order; ``seeds`` go with the samples.
+
+        To evaluate, samples are of the validation set and generation is greedy.
+        """
 
     def close(self) -> None:
         """Free what is held."""

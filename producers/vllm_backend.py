@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING, Final
 
 from broker_schemas.broker.policy import PublishedPolicy
@@ -15,6 +15,7 @@ from broker_schemas.errors import ServerUnavailable
 from broker_schemas.method.dataset import Sample
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.prompt import PromptBuilder
+from broker_schemas.records.records import Purpose
 from broker_schemas.rollout_servers.server_slots import TakeSlots
 from broker_schemas.rollout_servers.vllm_http import CHAT_PATH, GENERATE_PATH
 from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
@@ -49,9 +50,12 @@ class VllmBackend:
         fleet: ServerFleet,
         settings: VllmBackendSettings,
         slots: TakeSlots,
+        *,
+        evaluation_images: ImageProcessor | None = None,
     ) -> None:
         self._prompts = prompts
         self._images = images
+        self._evaluation_images = evaluation_images or images
         self._fleet = fleet
         self._settings = settings
         self._slots = slots
@@ -76,7 +80,9 @@ class VllmBackend:
         self._servers = self._fleet.follow(policy)
         self._policy_version = min(server.weights.policy_version for server in self._servers)
 
-    def generate(self, samples: Sequence[Sample], seeds: Sequence[int]) -> list[Generation]:
+    def generate(
+        self, samples: Sequence[Sample], seeds: Sequence[int], *, purpose: Purpose = "train"
+    ) -> list[Generation]:
         """Generate one rollout a sample, in order, divided between the servers by their world sizes.
 
         Raises RolloutServerError, or DataError for an unreadable image.
@@ -85,7 +91,8 @@ class VllmBackend:
             return []
         if not self._servers:
             raise ServerUnavailable("generation: no rollout server yet; follow() a published policy first")
-        requests = [self._request(sample, seed) for sample, seed in zip(samples, seeds, strict=True)]
+        images = self._images if purpose == "train" else self._evaluation_images
+        requests = [self._request(sample, seed, images) for sample, seed in zip(samples, seeds, strict=True)]
         longest = max(len(request.prompt_token_ids) for request in requests)
         check_room(self._servers, longest + self._settings.decoding.max_new_tokens)
         sizes = [server.world_size for server in self._servers]
@@ -93,13 +100,16 @@ class VllmBackend:
         ends = accumulate(shares)
         slices = [requests[end - share : end] for end, share in zip(ends, shares, strict=True)]
         with ThreadPoolExecutor(max_workers=len(slices)) as pool:
-            parts = list(pool.map(self._generate_on, self._servers, slices))
+            parts = list(pool.map(self._generate_on, self._servers, slices, repeat(purpose)))
         return [generation for part in parts for generation in part]
 
     def close(self) -> None:
         self._fleet.close()
 
-    def _generate_on(self, server: LiveServer, requests: Sequence[PromptRequest]) -> list[Generation]:
+    def _generate_on(
+        self, server: LiveServer, requests: Sequence[PromptRequest], purpose: Purpose
+    ) -> list[Generation]:
+        decoding = self._settings.decoding.for_purpose(purpose)
         generations: list[Generation] = []
         num_places = self._settings.decode_batch_size * server.world_size
         while left := requests[len(generations) :]:
@@ -107,7 +117,9 @@ class VllmBackend:
                 weights = self._weights_before(server)
                 generations += send_batch(
                     left[:num_given],
-                    lambda request, weights=weights: self._send(server, request, weights),  # type: ignore[misc]
+                    lambda request, weights=weights: self._send(  # type: ignore[misc]
+                        server, request, decoding, weights
+                    ),
                     reconnect=server.door.reconnect,
                     settings=self._settings.retry,
                 )
@@ -117,8 +129,14 @@ class VllmBackend:
         # the chat endpoint does not say which weights it used: those before the request are the lowest
         return parse_label(server.door.label()) if server.dialect == "chat" else None
 
-    def _send(self, server: LiveServer, request: PromptRequest, weights: WeightLabel | None) -> Generation:
-        decoding, path = self._settings.decoding, PATHS[server.dialect]
+    def _send(
+        self,
+        server: LiveServer,
+        request: PromptRequest,
+        decoding: DecodingSettings,
+        weights: WeightLabel | None,
+    ) -> Generation:
+        path = PATHS[server.dialect]
         body = build_body(request, server.model, decoding, server.dialect)
         reply = server.door.post(path, body, timeout_s=self._settings.retry.request_timeout_s)
         where = f"POST {server.door.base_url}{path}"
@@ -128,8 +146,8 @@ class VllmBackend:
         # a sync meanwhile moved the server's label, not the adapter that this request names
         return replace(generation, policy_version=server.adapter_version, version_spans=())
 
-    def _request(self, sample: Sample, seed: int) -> PromptRequest:
-        shown = [self._images.resized(path) for path in sample.image_paths]
+    def _request(self, sample: Sample, seed: int, images: ImageProcessor) -> PromptRequest:
+        shown = [images.resized(path) for path in sample.image_paths]
         grids = tuple(grid for _, grid in shown)
         return PromptRequest(
             prompt_token_ids=self._prompts.build_ids(grids),

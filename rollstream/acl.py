@@ -12,9 +12,19 @@ from typing import Final, Literal
 from broker_schemas.broker.keys import RunKeys
 from broker_schemas.errors import ConfigError
 
-Role = Literal["dispatcher", "producer", "matcher", "packer", "learner", "archive", "exporter", "operator"]
+Role = Literal[
+    "dispatcher",
+    "producer",
+    "matcher",
+    "packer",
+    "evaluator",
+    "learner",
+    "archive",
+    "exporter",
+    "operator",
+]
 ROLES: Final[tuple[Role, ...]] = (
-    *("dispatcher", "producer", "matcher", "packer"),
+    *("dispatcher", "producer", "matcher", "packer", "evaluator"),
     *("learner", "archive", "exporter", "operator"),
 )
 OPERATOR: Final[Role] = "operator"
@@ -81,7 +91,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
             commands=(
                 f"{CALL} time exists hget hmget hset hincrby hdel del zadd zrem zrangebyscore xadd xrange"
             ),
-            writes="events counters requests dispatch request:*",
+            writes="events counters requests dispatch evaluation request:*",
         ),
         STATUS,
         RQ,
@@ -104,7 +114,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         Grant(
             commands=(
                 f"{CALL} {CONSUME} multi exec expire hdel hincrby mget set mset strlen getrange rename "
-                "unlink smismember srem xadd xdel xpending xrange xtrim"
+                "unlink smismember srem xadd xdel xlen xpending xrange xtrim"
             ),
             writes="events counters segments matched rejected evaluations admitted tries "
             "body:* made:* payload:*",
@@ -123,6 +133,13 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         Grant(commands="exists", reads="claim:*"),
         POLICY,
         STATUS,
+    ),
+    "evaluator": (
+        _place("evaluator"),
+        Grant(
+            commands=f"{CALL} hdel hget hmget hincrby hset xadd xdel xrange",
+            writes="events counters evaluations evaluation evaluation_numbers",
+        ),
     ),
     "learner": (
         _place("learner"),

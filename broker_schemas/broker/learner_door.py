@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Final, Literal, cast
 
 from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.evaluation_rounds import (
+    read_numbers,
+)
 from broker_schemas.broker.payloads import fetch_segments, read_coming_packs, read_filled_packs
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.status import read_status
 from broker_schemas.errors import RunStopped
 from broker_schemas.records import codec
+from broker_schemas.records.evaluation_state import EvaluationNumbers
 from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.packs import ClaimReason, ReadyPack, StepClaim, Untrainable
 from broker_schemas.records.records import Channel, MatchedSegment
@@ -175,6 +179,10 @@ class LearnerDoor:
             weights_path=weights_path,
             processor_fingerprint=self._settings.processor_fingerprint,
         )
+
+    def evaluations(self, *, beyond_step: int) -> list[EvaluationNumbers]:
+        """Return the numbers of rounds of evaluation beyond an optimizer step, oldest first."""
+        return read_numbers(self._broker, beyond_step=beyond_step)
 
     def queue_status(self) -> RunStatus:
         """Return depth, waiting records and the running sums of the log."""

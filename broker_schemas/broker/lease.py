@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LEASE_MS: Final = 15_000
 KEEPS_PER_LEASE: Final = 3
 LOOK_EVERY_S: Final = 0.25
-SoleRole = Literal["learner", "packer", "dispatcher", "archive"]
+SoleRole = Literal["learner", "packer", "dispatcher", "archive", "evaluator"]
 
 
 class Lease:

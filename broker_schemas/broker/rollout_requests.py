@@ -6,18 +6,20 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
 from broker_schemas.records.records import NOT_STEP_BOUND, Purpose
+
+CursorKey = Literal["dispatch", "evaluation"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutRequest:
     """One generation chunk: ``samples`` are (sample index, seed) pairs, one record each, in order.
 
-    ``evaluation_label`` names the evaluation the results belong to, empty for training.
+    Indices are those of the training set, or of the validation set where ``purpose`` is evaluation.
     """
 
     request_id: str
@@ -71,10 +73,10 @@ class LeaseSettings:
     max_attempts: int = 5
 
 
-def read_cursor(broker: Broker) -> int:
+def read_cursor(broker: Broker, key: CursorKey = "dispatch") -> int:
     """Return how many samples have been asked for since the start of the run; raises BrokerError."""
     with broker_errors("reading the data set position"):
-        return int(broker.client.hget(broker.keys.named("dispatch"), "cursor") or 0)
+        return int(broker.client.hget(broker.keys.named(key), "cursor") or 0)
 
 
 def say_demand_advice(broker: Broker, advice: str) -> None:
@@ -98,9 +100,11 @@ def issue_requests(
     next_cursor: int,
     lease: LeaseSettings,
     stale_after: tuple[str, str] | None = None,
+    key: CursorKey = "dispatch",
 ) -> bool:
     """Open ``requests`` and move the data set position from ``cursor`` to ``next_cursor``, or do neither.
 
+    ``key`` holds that position; the requests are all of one purpose.
     ``stale_after``: the place in the log of what was asked for again, before and after this call; None where
     nothing is. False: another dispatcher moved the position first. No lease runs
     before a worker takes a request. Raises BrokerError.
@@ -119,7 +123,7 @@ def issue_requests(
             request.policy_version,
         ]
     arguments += stale_after or ()
-    reply = broker.run("issue_requests", ["requests", "dispatch"], arguments)
+    reply = broker.run("issue_requests", ["requests", key], arguments)
     return bool(reply[0])
 
 

@@ -49,6 +49,7 @@ def _counts() -> Iterator[EvaluationNumber]:
         ("fp", "objects written and not matched, any class"),
         ("fn", "objects labelled and not matched, any class"),
         ("duplicates", "objects written again: same class, IoU 0.9 to an earlier one"),
+        ("unanswered", "images without an answer: refused or given up"),
         ("duplicates_per_image", "objects written again, an image"),
     ):
         yield EvaluationNumber(name=name, words=words, form="count", is_lower_better=True)

@@ -267,6 +267,7 @@ HANDLERS: Final[dict[str, Callable[[Ledger, LogEvent], None]]] = {
     "settings_changed": _noted,
     "lease_taken": _noted,
     "step_opened": _noted,
+    "evaluation_settled": _noted,
     "claimed": _claimed,
     "committed": _committed,
     "settled": _settled,

@@ -54,5 +54,10 @@ class RunStatus:
 
     @property
     def outstanding(self) -> int:
-        """Rollouts asked for and not yet matched, rejected or dropped."""
-        return self.total("open_records") + self.segments_waiting
+        """Rollouts asked for to train, and not yet matched, rejected or dropped."""
+        return self.total("open_records") + self.segments_waiting - self.total("evaluation_waiting")
+
+    @property
+    def evaluation_outstanding(self) -> int:
+        """Rollouts asked for to evaluate, and not yet answered, rejected or given up."""
+        return self.total("evaluation_open_records") + self.total("evaluation_waiting")

@@ -252,9 +252,11 @@ def _evaluation_text(run: NewRun, steps: int) -> str:
     every = max(10, steps // 10)
     lines = [f"  save_every_steps: {every}"]
     if run.has_val:
-        lines += [f"  eval_every_steps: {every}", "  eval_num_samples: 64"]
+        lines.append(f"  eval_every_steps: {every}")
     if not run.is_tiny:
         lines.append("  activation_checkpointing: true  # less memory, a third more time")
+    if run.has_val:
+        lines += ["", "evaluation:", "  num_samples: 64  # the first ones of the validation set"]
     return "\n".join(lines)
 
 

@@ -144,7 +144,7 @@ def _config(work: Path, folder: Path, resolved: Path | None, max_new_tokens: int
         overrides.append(f"training.global_max_length={max_new_tokens + (1 << 16)}")
     if resolved is not None:
         return load_config(
-            resolved, [*overrides, "training.eval_num_samples=null", "data.skip_untrainable=false"]
+            resolved, [*overrides, "evaluation.num_samples=null", "data.skip_untrainable=false"]
         )
     plain = {
         "run": {"name": "predict"},

@@ -137,6 +137,16 @@ def pack(
 
 
 @app.command()
+def gather(
+    config: ConfigPath, overrides: Overrides = None, index: Index = 0, log_json: LogJson = False
+) -> None:
+    """Run the evaluator: gathers what producers answer for the validation set, beside training."""
+    from rollstream.evaluation.in_stack import run_evaluator
+
+    run_evaluator(_load(config, overrides, "gather", index), index)
+
+
+@app.command()
 def archive(
     config: ConfigPath, overrides: Overrides = None, index: Index = 0, log_json: LogJson = False
 ) -> None:

@@ -63,7 +63,7 @@ class Evaluator:
             raise ConfigError("data.val_jsonl: not set, expected the validation set to evaluate on")
         self._config = config
         folder = access.model_dir(config)
-        limit = num_samples or config.training.eval_num_samples
+        limit = num_samples or config.evaluation.num_samples
         self._samples: Sequence[Sample] = read_samples(config, config.data.val_jsonl)[:limit]
         self._prompts = access.prompt_builder(config, folder)
         self._images = access.image_processor(config, folder, config.data.val_jsonl)

@@ -23,11 +23,16 @@ class BrokerSums:
 
 def counter_faults(ledger: Ledger, counters: Mapping[str, int]) -> list[str]:
     """Compare the running sums of the broker with those of the log."""
-    stages = [item.stage for item in ledger.rollouts.values()]
+    rollouts = [item for item in ledger.rollouts.values() if item.purpose != "evaluation"]
+    evaluating = [item for item in ledger.rollouts.values() if item.purpose == "evaluation"]
+    stages = [item.stage for item in rollouts]
     kinds = [step.kind for step in ledger.steps.values()]
     of_log = {
-        "pushed": sum(item.pushed_at_ms >= 0 for item in ledger.rollouts.values()),
-        "evaluated": stages.count("evaluated"),
+        "pushed": sum(item.pushed_at_ms >= 0 for item in rollouts),
+        "evaluation_pushed": sum(item.pushed_at_ms >= 0 for item in evaluating),
+        "evaluated": sum(item.stage == "evaluated" for item in ledger.rollouts.values()),
+        "evaluation_rejected": sum(item.stage == "rejected" for item in evaluating),
+        "evaluation_dropped": sum(item.stage == "dropped" for item in evaluating),
         "trained_segments": stages.count("trained"),
         "dropped": stages.count("dropped"),
         "rejected": stages.count("rejected"),
@@ -39,7 +44,7 @@ def counter_faults(ledger: Ledger, counters: Mapping[str, int]) -> list[str]:
         "reissued": ledger.reissued,
     }
     counted = {name: counters.get(name, 0) for name in of_log}
-    for name in ("dropped", "rejected"):
+    for name in ("dropped", "rejected", "evaluation_rejected", "evaluation_dropped"):
         counted[name] = sum(value for key, value in counters.items() if key.startswith(f"{name}:"))
     return [
         f"{name}: the log gives {number}, the broker counted {counted[name]}"

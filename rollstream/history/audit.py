@@ -33,6 +33,7 @@ class Audit:
     rejected: dict[str, int]
     in_flight: dict[str, int]
     evaluated: int
+    evaluation: dict[str, int]
     duplicates_refused: int
     reissued: int
     steps: dict[str, int]
@@ -51,7 +52,13 @@ class Audit:
 
     @property
     def balanced(self) -> bool:
-        return self.difference == 0 and not self.faults
+        return self.difference == 0 and self.evaluation_difference == 0 and not self.faults
+
+    @property
+    def evaluation_difference(self) -> int:
+        """Rollouts asked for to evaluate that no sum accounts for."""
+        sums = dict(self.evaluation)
+        return sums.pop("asked", 0) - sum(sums.values())
 
     @property
     def quarantined(self) -> int:
@@ -69,6 +76,7 @@ class Audit:
             "quarantined": self.quarantined,
             "in_flight": self.in_flight,
             "evaluated": self.evaluated,
+            "evaluation": self.evaluation,
             "duplicates_refused": self.duplicates_refused,
             "reissued": self.reissued,
             "steps": self.steps,
@@ -134,6 +142,7 @@ def take_audit(events: Iterable[LogEvent], *, counters: dict[str, int] | None = 
         rejected=_by_reason(rollouts, "rejected"),
         in_flight={stage: stages[stage] for stage in IN_FLIGHT},
         evaluated=sum(item.stage == "evaluated" for item in ledger.rollouts.values()),
+        evaluation=_evaluation(ledger),
         duplicates_refused=(counters or {}).get("duplicates", 0),
         reissued=ledger.reissued,
         steps={"A": steps["A"], "B": steps["B"]},
@@ -144,6 +153,17 @@ def take_audit(events: Iterable[LogEvent], *, counters: dict[str, int] | None = 
         undone=_undone(ledger),
         ledger=ledger,
     )
+
+
+def _evaluation(ledger: Ledger) -> dict[str, int]:
+    """Return the sums of the rollouts that were asked for to evaluate, apart from those of training."""
+    stages = Counter(item.stage for item in ledger.rollouts.values() if item.purpose == "evaluation")
+    return {
+        "asked": sum(stages.values()),
+        "answered": stages["evaluated"],
+        "rejected": stages["rejected"] + stages["dropped"],
+        "in_flight": sum(stages[stage] for stage in IN_FLIGHT),
+    }
 
 
 def _undone(ledger: Ledger) -> dict[str, Any]:

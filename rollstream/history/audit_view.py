@@ -34,6 +34,11 @@ def render_audit(audit: Audit) -> RenderableType:
         if number:
             table.add_row(f"  in flight: {stage}", str(number))
     table.add_row("  not accounted for", str(audit.difference))
+    if audit.evaluation["asked"]:
+        table.add_row("rollouts asked for to evaluate", str(audit.evaluation["asked"]))
+        for stage in ("answered", "rejected", "in_flight"):
+            table.add_row(f"  {stage.replace('_', ' ')}", str(audit.evaluation[stage]))
+        table.add_row("  not accounted for", str(audit.evaluation_difference))
     table.add_row("steps A / B", f"{audit.steps['A']} / {audit.steps['B']}")
     table.add_row("B steps skipped due to the queue", str(audit.skipped))
     table.add_row("duplicates refused / requests run again", f"{audit.duplicates_refused} / {audit.reissued}")

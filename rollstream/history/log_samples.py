@@ -54,6 +54,7 @@ class QueueState:
 
     def __init__(self, world_size: int) -> None:
         self._open: set[str] = set()
+        self._evaluating: set[str] = set()  # they are in no sum of training
         self._place: dict[str, str] = {}  # id -> "segments", "matched" or the id of its pack
         self._rank_of_pack: dict[str, int] = {}
         self._claimed: dict[int, int] = {}
@@ -116,19 +117,27 @@ class QueueState:
 
     def on_requested(self, event: LogEvent) -> None:
         ids = event.ids()
+        if event.text("purpose") == "evaluation":
+            self._evaluating.update(ids)
+            return
         self._open.update(ids)
         self._sums["requested"] += len(ids)
 
     def on_request_failed(self, event: LogEvent) -> None:
         missing = self._open.intersection(event.ids())  # others of the request came before it was given up
         self._open -= missing
-        self._rejected[event.text("reason")] += len(missing)
+        self._evaluating -= {record_id for record_id in event.ids() if record_id not in self._place}
+        if missing:
+            self._rejected[event.text("reason")] += len(missing)
 
     def on_pushed(self, event: LogEvent) -> None:
         for row in event.pushed_rows():
             self._open.discard(row.record_id)
             self._put(row.record_id, "segments")
-            self._sums["pushed"] += 1
+            if row.purpose == "evaluation":
+                self._evaluating.add(row.record_id)
+            else:
+                self._sums["pushed"] += 1
 
     def on_matched(self, event: LogEvent) -> None:
         for row in event.matched_rows():
@@ -138,17 +147,24 @@ class QueueState:
     def on_evaluated(self, event: LogEvent) -> None:
         for record_id in event.ids():
             self._take(record_id)
+            self._evaluating.discard(record_id)
 
     def on_rejected(self, event: LogEvent) -> None:
         for row in event.rejected_rows():
             self._take(row.record_id)
-            self._rejected[row.reason] += 1
+            if row.record_id in self._evaluating:
+                self._evaluating.discard(row.record_id)
+            else:
+                self._rejected[row.reason] += 1
 
     def on_dropped(self, event: LogEvent) -> None:
         ids = event.ids()
         for record_id in ids:
             self._take(record_id)
-        self._dropped[event.text("reason")] += len(ids)
+        of_training = [record_id for record_id in ids if record_id not in self._evaluating]
+        self._evaluating.difference_update(ids)
+        if of_training:
+            self._dropped[event.text("reason")] += len(of_training)
 
     def on_packed(self, event: LogEvent) -> None:
         ids, pack_id, rank = event.ids(), event.text("pack_id"), event.number("rank")

@@ -152,7 +152,8 @@ def run_rank(config: RunConfig, stop: StopRequest, *, is_first: bool) -> Learner
 
 
 def _evaluation(config: RunConfig) -> Callable[[Any, int], dict[str, float]] | None:
-    if config.data.val_jsonl is None or config.training.eval_every_steps == 0:
+    is_due = config.data.val_jsonl is not None and config.training.eval_every_steps > 0
+    if not is_due or config.evaluates_in_stack:
         return None
     from rollstream.evaluation.evaluation import Evaluator
 

@@ -22,6 +22,7 @@ COMMAND_OF_ROLE: Final = {
     "producer": "produce",
     "matcher": "match",
     "packer": "pack",
+    "evaluator": "gather",
     ARCHIVE: "archive",
     EXPORTER: "export",
     LEARNER: "learn",
@@ -62,6 +63,7 @@ def planned_roles(config: RunConfig) -> list[RoleName]:
         names.append(RoleName(role=EXPORTER))
     if config.b_ratio > 0:
         names += [RoleName(role="packer"), RoleName(role="dispatcher")]
+        names += [RoleName(role="evaluator")] if config.evaluates_in_stack else []
         names += [RoleName(role="matcher", index=index) for index in range(config.matchers.num_workers)]
         names += [RoleName(role="producer", index=index) for index in range(config.producers.num_workers)]
     return [*names, RoleName(role=LEARNER)]

@@ -20,6 +20,7 @@ from broker_schemas.broker.keys import RunKeys
 from broker_schemas.records.identity import RunIdentity
 from configs import RunConfig, load_config
 from rollstream.run_lock import StackLock
+from rollstream.stack.last_evaluation import LastEvaluation
 from rollstream.stack.monitor import Monitor
 from rollstream.stack.plan import (
     BROKER,
@@ -175,6 +176,8 @@ class _LocalStack:
                 result = supervisor.run(lambda: _stop_reason(signals) or self._moved_folder())
                 if not result.exit_status:  # it may have gone in the very last moment
                     result = self._moved_folder() or result
+                if not result.exit_status and self._config.evaluates_in_stack:
+                    self._stay_for_evaluation(address, supervisor, signals, view)
                 if result.exit_status:
                     view.say("stopping the stack; Ctrl-C kills what is left of it")
                 supervisor.stop_roles()
@@ -186,6 +189,26 @@ class _LocalStack:
         finally:
             monitor.end()
             supervisor.kill()
+
+    def _stay_for_evaluation(
+        self, address: BrokerAddress, supervisor: Supervisor, signals: StopSignals, view: StackView
+    ) -> None:
+        """Let the producers answer for the last policies; the learner is gone, nothing waits but this."""
+        last = LastEvaluation.of(self._config, address)
+        if last.is_settled():
+            return
+        view.say("the learner is done; waiting for the last evaluation, Ctrl-C ends it")
+        give_up_at_s = time.monotonic() + self._config.stage2_async.stall_timeout_s
+        try:
+            supervisor.stay(
+                lambda: last.is_settled() or time.monotonic() > give_up_at_s, lambda: _stop_reason(signals)
+            )
+            if not last.is_settled():
+                view.say(
+                    "the last evaluation is not complete; rollstream eval makes one of the last checkpoint"
+                )
+        finally:
+            last.close()
 
     def _moved_folder(self) -> StackResult | None:
         if self._lock.is_in_place(self._folder.path):

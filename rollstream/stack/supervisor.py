@@ -93,6 +93,11 @@ class Supervisor:
             self._wait_a_moment()
         return result
 
+    def stay(self, is_done: Callable[[], bool], stop_reason: Callable[[], StackResult | None]) -> None:
+        """Keep the processes running after the learner is done, until ``is_done`` or something ends them."""
+        while not is_done() and stop_reason() is None and self._look() is None:
+            self._wait_a_moment()
+
     def _wait_a_moment(self) -> None:
         self._tick(self._clock())
         self._pause(LOOK_EVERY_S)

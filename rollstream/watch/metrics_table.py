@@ -9,7 +9,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 
 from broker_schemas.broker.status import RunStatus
-from consumers.metrics import MatcherMetrics, PackerMetrics
+from consumers.metrics import EvaluatorMetrics, MatcherMetrics, PackerMetrics
 from learner.metrics import LOSS_TERMS, MILESTONES, LearnerMetrics
 from producers.metrics import DispatcherMetrics, ProducerMetrics
 from rollstream.history.archive_metrics import ArchiveMetrics
@@ -23,6 +23,7 @@ ROLE_METRICS: Final = {
     "produce": ProducerMetrics,
     "match": MatcherMetrics,
     "pack": PackerMetrics,
+    "gather": EvaluatorMetrics,
     "learn": LearnerMetrics,
     "archive": ArchiveMetrics,
 }
@@ -51,6 +52,7 @@ TRAINING_LOG: Final = {
     "rollstream_learner_peak_memory_bytes": "memory/peak_gb_&lt;rank&gt;",
     "rollstream_learner_milestone_seconds_total": ", ".join(MILESTONES),
     "rollstream_evaluation": "the label's value",
+    "rollstream_round_evaluation": "the label's value",
     "rollstream_learner_checkpoint_steps": "optimizer_step",
 }
 _HEAD: Final = """# Metrics

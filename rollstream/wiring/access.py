@@ -36,6 +36,7 @@ PORT_OFFSETS: Final = {
     "pack": 21,
     "archive": 22,
     "export": 23,
+    "gather": 24,
     "match": 30,
     "produce": 60,
 }
@@ -141,6 +142,11 @@ def image_processor(config: RunConfig, folder: Path, jsonl: str) -> ImageProcess
         min_pixels=config.model.image.min_pixels,
         max_pixels=config.model.image.max_pixels,
     )
+
+
+def evaluation_images(config: RunConfig, folder: Path) -> ImageProcessor | None:
+    """Return the image processor over the root of the validation set, None where there is no such set."""
+    return None if config.data.val_jsonl is None else image_processor(config, folder, config.data.val_jsonl)
 
 
 def read_whole(config: RunConfig, jsonl: str, *, passed_over: dict[str, str] | None = None) -> list[Sample]:

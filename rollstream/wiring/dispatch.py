@@ -6,10 +6,12 @@ from typing import Final
 
 from broker_schemas.broker.lease import holding
 from broker_schemas.broker.rollout_requests import LeaseSettings
+from broker_schemas.method.dataset import Sample
 from configs import RunConfig
 from producers.broken_jobs import BrokenJobs
 from producers.demand import DemandSettings
 from producers.dispatcher import Dispatcher, DispatcherSettings
+from producers.evaluation_demand import EvaluationSettings
 from producers.jobs import rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.wiring import access
@@ -50,6 +52,27 @@ def demand_settings(config: RunConfig, rollouts_per_request: int) -> DemandSetti
     )
 
 
+def evaluation_samples(config: RunConfig) -> list[Sample]:
+    """Return the validation images of a round of evaluation, the first ones; empty where there is no set."""
+    if config.data.val_jsonl is None:
+        return []
+    return read_samples(config, config.data.val_jsonl)[: config.evaluation.num_samples]
+
+
+def evaluation_settings(config: RunConfig, chunk_size: int) -> EvaluationSettings | None:
+    """Return when the dispatcher asks for the validation set; None where it never does."""
+    if not config.evaluates_in_stack:
+        return None
+    is_async = config.variant == "stage2_async"
+    return EvaluationSettings(
+        num_samples=len(evaluation_samples(config)),
+        chunk_size=chunk_size,
+        eval_every_steps=config.training.eval_every_steps,
+        sync_every_steps=config.stage2_async.sync_every_steps if is_async else 1,
+        max_steps=config.training.max_steps,
+    )
+
+
 def run_dispatcher(config: RunConfig, index: int) -> None:
     """Run until a signal; a run without B steps has nothing to dispatch and waits."""
     stop = access.stop_on_signals()
@@ -70,6 +93,7 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
                 seed=config.run.seed,
                 request_size=size,
                 demand=demand_settings(config, size),
+                evaluation=evaluation_settings(config, size),
                 capacity_tokens=config.training.global_max_length,
                 start_segments_per_pack=float(config.training.per_device_train_batch_size),
                 lease=lease_settings(config),

@@ -43,6 +43,7 @@ ROLE_OF_COMMAND: Final[Mapping[str, str]] = {
     "learn": "learner",
     "dispatch": "dispatcher",
     "pack": "packer",
+    "gather": "evaluator",
     "archive": "archive",
     "export": "exporter",
     "match": "matcher",

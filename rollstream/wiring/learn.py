@@ -37,7 +37,7 @@ from learner.optimization import OptimizationSettings
 from learner.packed_forward import position_rule_of
 from learner.patient_broker import PatientBroker
 from learner.pixel_source import ProcessorPixelSource
-from learner.ports import Evaluate, LearnerBroker
+from learner.ports import Evaluate, LearnerBroker, ReadEvaluations
 from learner.settings import EarlyStopSettings, LearnerSettings
 from learner.stall_limits import StallLimits
 from learner.step_report import LogRow
@@ -128,6 +128,7 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
         num_policies_kept=config.stage2_async.version_window + 2,
         save_every_steps=training.save_every_steps,
         eval_every_steps=training.eval_every_steps if config.data.val_jsonl else 0,
+        is_evaluated_by_others=config.evaluates_in_stack,
         is_policy_published=config.b_ratio > 0,
         stall_timeout_s=config.stage2_async.stall_timeout_s,
         num_checkpoints_kept=training.num_checkpoints_kept,
@@ -269,7 +270,7 @@ def _run_rank(
     )
     try:
         parts, settings = build_parts(config, ranks, broker, stop, *listeners)
-        parts = replace(parts, confirm=confirm)
+        parts = replace(parts, confirm=confirm, read_evaluations=_evaluations_of(door))
         try:
             return run_learner(parts, settings)
         finally:
@@ -305,6 +306,21 @@ def learner_door(config: RunConfig, rank: int) -> Iterator[tuple[LearnerBroker, 
     # the fence in every script ends a learner that lost its place; a stop request would have it write first
     with holding(broker, "learner", on_loss=lambda: None) as (held, lease):
         yield LearnerDoor(held, settings), lambda: _confirm(lease)
+
+
+def _evaluations_of(door: LearnerBroker) -> ReadEvaluations | None:
+    """Return what reads the numbers that an evaluator left; a broker that is away has none yet."""
+    if not isinstance(door, LearnerDoor):
+        return None
+
+    def read(beyond_step: int) -> list[tuple[int, dict[str, float]]]:
+        try:
+            found = door.evaluations(beyond_step=beyond_step)
+        except BrokerError:
+            return []
+        return [(numbers.optimizer_step, numbers.metrics) for numbers in found]
+
+    return read
 
 
 def _confirm(lease: Lease) -> None:
@@ -359,7 +375,7 @@ def build_parts(
         metrics=LearnerMetrics(endpoint.registry),
         stop=stop,
         log=TrainingLog(run.train_log) if first else None,
-        evaluation_log=TrainingLog(run.evaluation_log) if first else None,
+        evaluation_log=TrainingLog(run.evaluation_log) if first and not config.evaluates_in_stack else None,
         evaluate=evaluate if first else None,
         sync_servers=server_sync(config, ranks.device) if first else None,
         on_step=on_step or (lambda row: None),

@@ -16,7 +16,7 @@ from producers.metrics import ProducerMetrics
 from producers.producer import Producer, ProducerSettings
 from producers.rollout_backend import DecodingSettings, RolloutBackend
 from rollstream.wiring import access
-from rollstream.wiring.dispatch import lease_settings
+from rollstream.wiring.dispatch import evaluation_samples, lease_settings
 from rollstream.wiring.trainable import read_samples
 
 HUNG_STATUS: Final = 1
@@ -63,6 +63,7 @@ def rollout_backend(config: RunConfig, broker: Broker, index: int = 0) -> Rollou
             dtype=config.rollout_dtype,
             base=folder,
         ),
+        evaluation_images=access.evaluation_images(config, folder),
     )
 
 
@@ -85,7 +86,10 @@ def run_producer(config: RunConfig, index: int) -> None:
         broker=broker,
         sink=SegmentSink(broker, sink_settings(config)),
         backend=rollout_backend(config, broker, index),
-        datasets={"train": read_samples(config, config.data.train_jsonl)},
+        datasets={
+            "train": read_samples(config, config.data.train_jsonl),
+            "evaluation": evaluation_samples(config),
+        },
         metrics=metrics,
         settings=ProducerSettings(
             name=f"{config.run.name}-producer-{index}-{socket.gethostname()}-{os.getpid()}",

@@ -120,6 +120,7 @@ def vllm_backend(config: RunConfig, broker: Broker, decoding: DecodingSettings) 
             retry=RetrySettings(request_timeout_s=server.infer_timeout_s),
         ),
         server_slots(broker, wait_s=server.infer_timeout_s),
+        evaluation_images=access.evaluation_images(config, folder),
     )
 
 

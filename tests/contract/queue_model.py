@@ -9,6 +9,12 @@ from dataclasses import dataclass, field, replace
 from broker_schemas.records.packs import StepClaim
 
 WORLD_SIZE = 2
+RESULT_BYTES = 1
+
+
+def lane_of(purpose: str) -> str:
+    """Return where rollouts of a purpose are counted."""
+    return "evaluation_" if purpose == "evaluation" else ""
 
 
 @dataclass
@@ -78,19 +84,20 @@ class QueueModel:
     body_bytes: dict[str, int] = field(default_factory=dict)
     line_bytes: dict[str, int] = field(default_factory=dict)
     payload_bytes: dict[str, int] = field(default_factory=dict)
+    result_bytes: int = 0
     counters: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_bytes(self) -> int:
         held = (self.body_bytes, self.line_bytes, self.payload_bytes)
-        return sum(sum(sizes.values()) for sizes in held)
+        return sum(sum(sizes.values()) for sizes in held) + self.result_bytes
 
     def issue(self, request_id: str, record_ids: tuple[str, ...], *, purpose: str, is_over: bool) -> None:
         self.requests[request_id] = ModelRequest(record_ids, len(record_ids), is_over)
         for name in record_ids:
             self.rollouts[name] = ModelRollout("requested", purpose)
-        self.counters["requested"] += len(record_ids)
-        self.counters["open_records"] += len(record_ids)
+        self.counters[f"{lane_of(purpose)}requested"] += len(record_ids)
+        self.counters[f"{lane_of(purpose)}open_records"] += len(record_ids)
 
     def renew(self, request_id: str, *, is_over: bool, is_held: bool) -> bool:
         request = self.requests.get(request_id)
@@ -106,8 +113,9 @@ class QueueModel:
             if self.rollouts[name].stage == "requested":
                 self.rollouts[name].stage, self.rollouts[name].reason = "rejected", reason
                 self.closed_records[name] = request_id
-        self.counters[f"rejected:{reason}"] += request.remaining
-        self.counters["open_records"] -= request.remaining
+        lane = lane_of(self.rollouts[request.record_ids[0]].purpose)
+        self.counters[f"{lane}rejected:{reason}"] += request.remaining
+        self.counters[f"{lane}open_records"] -= request.remaining
         return request.remaining
 
     def reissue(self, max_attempts: int, *, is_over: bool) -> list[tuple[str, int, bool]]:
@@ -150,10 +158,11 @@ class QueueModel:
         self.rollouts[name] = ModelRollout("pushed", purpose, policy_version=policy_version)
         self.segments[name] = None
         self.body_bytes[name], self.line_bytes[name] = num_bytes, line_bytes
-        self.counters["pushed"] += 1
+        self.counters[f"{lane_of(purpose)}pushed"] += 1
+        self.counters["evaluation_waiting"] += purpose == "evaluation"
         if request is not None:
             request.remaining -= 1
-            self.counters["open_records"] -= 1
+            self.counters[f"{lane_of(purpose)}open_records"] -= 1
         return "ok"
 
     def close_complete_requests(self) -> None:
@@ -181,7 +190,10 @@ class QueueModel:
             self.payload_bytes[name] = payload_bytes
             self.counters["matched_tokens"] += num_tokens
         is_told_by_reason = outcome in ("dropped", "rejected")
-        self.counters[f"{outcome}:{reason}" if is_told_by_reason else outcome] += 1
+        told = f"{lane_of(rollout.purpose)}{outcome}:{reason}"
+        self.counters[told if is_told_by_reason else outcome] += 1
+        self.counters["evaluation_waiting"] -= rollout.purpose == "evaluation"
+        self.result_bytes += RESULT_BYTES * (outcome == "evaluated")
         return outcome
 
     def drop(self, names: Sequence[str], reason: str) -> None:

@@ -63,6 +63,7 @@ SCRIPTS: Final[dict[Role, tuple[str, ...]]] = {
         *("open_step", "claim_step", "commit_step", "quarantine", "settle_checkpoint", "publish_policy"),
         *("adopt_identity", "hold_lease"),
     ),
+    "evaluator": ("settle_evaluation", "hold_lease"),
     "archive": ("advance_archive", "hold_lease"),
 }
 OF_PRELUDE: Final = {

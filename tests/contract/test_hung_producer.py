@@ -36,7 +36,7 @@ class HungBackend:
     def follow(self, policy: Any) -> None:
         """Take whatever is published."""
 
-    def generate(self, samples: Any, seeds: Any) -> Any:
+    def generate(self, samples: Any, seeds: Any, *, purpose: str) -> Any:
         assert self.freed.wait(30), "nobody ended the process that hangs"
         raise RuntimeError("it came back after all")
 

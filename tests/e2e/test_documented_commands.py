@@ -47,11 +47,11 @@ SHORTER: Final = {
     "make test": "ARGS='tests/unit/test_sweep_grid.py -k runs_are_named'",
     "rollstream bench queue": "--quick",
     "rollstream learn mine-warm.yaml": (
-        "--set training.max_steps=2 --set training.warmup_steps=0 --set training.eval_num_samples=1"
+        "--set training.max_steps=2 --set training.warmup_steps=0 --set evaluation.num_samples=1"
     ),
     "rollstream up mine.yaml": (
         "--steps 2 --set model.name_or_path=runs/mine-warm/checkpoints/checkpoint-2"
-        " --set training.eval_num_samples=1"
+        " --set evaluation.num_samples=1"
     ),
     "rollstream eval mine.yaml": "--set model.name_or_path=runs/mine-warm/checkpoints/checkpoint-2",
     "rollstream sweep CONFIG": "--grid grid.yaml --steps 2",
@@ -66,8 +66,8 @@ SMALL: Final = {
         "per_device_train_batch_size": 2,
         "max_steps": 4,
         "save_every_steps": 2,
-        "eval_num_samples": 4,
     },
+    "evaluation": {"num_samples": 4},
     "custom": {"extra": {"rollout_matching": {"max_new_tokens": 48}}},
 }
 

@@ -14,7 +14,7 @@ from tests.e2e.conftest import Program, last_lines
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 GRID = "blocks:\n- title: share\n  product: {stage2_ab.schedule.b_ratio: [0, 0.5]}\n"
 SMALL_STEP = ("training.effective_batch_size=8", "training.per_device_train_batch_size=2")
-CHANGES = (*SMALL_STEP, "training.eval_num_samples=2", "training.save_every_steps=2")
+CHANGES = (*SMALL_STEP, "evaluation.num_samples=2", "training.save_every_steps=2")
 
 
 def arguments(program: Program, *changes: str, steps: int = 4) -> list[str]:

@@ -30,6 +30,7 @@ ROLES: Final = {
     "producer": "produce",
     "matcher": "match",
     "packer": "pack",
+    "evaluator": "gather",
     "learner": "learn",
     "archive": "archive",
     "exporter": "export",

@@ -29,6 +29,7 @@ EDGES: Final = {
             "broker",
             "client",
             "connection",
+            "evaluation_rounds",
             "event_log",
             "exchange_deadline",
             "group_reader",
@@ -56,7 +57,10 @@ EDGES: Final = {
         *("asked_again", "broken_jobs", "dispatcher", "hf_backend", "jobs", "metrics", "producer"),
         *("vllm_backend", "vllm_client", "vllm_servers"),
     },
-    "consumers": {"admission", "fill_warning", "matcher", "metrics", "step_packer", "streaming_packer"},
+    "consumers": {
+        *("admission", "evaluator", "fill_warning", "matcher", "metrics"),
+        *("step_packer", "streaming_packer"),
+    },
     "learner": {
         *("checkpoints", "distributed", "metrics", "milestones", "patient_broker"),
         *("sharding", "stop_request", "training_log"),

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from broker_schemas.records.evaluation_state import EvaluationNumbers
 from broker_schemas.records.packs import ReadyPack, StepClaim
-from consumers.metrics import MatcherMetrics, PackerMetrics
+from consumers.metrics import EvaluatorMetrics, MatcherMetrics, PackerMetrics
 from learner.metrics import MILESTONES, LearnerMetrics
 from learner.step_report import RankPart, log_row
 from learner.step_surroundings import realised_ratio
@@ -82,11 +83,21 @@ def drive_archive(metrics: ArchiveMetrics) -> None:
     metrics.on_archived(num_events=3, size_bytes=99)
 
 
+def drive_evaluator(metrics: EvaluatorMetrics) -> None:
+    metrics.on_waiting(3)
+    metrics.on_numbers(
+        EvaluationNumbers(
+            optimizer_step=8, policy_version=2, highest_policy_version=3, metrics={"eval_rollout_f1": 0.5}
+        )
+    )
+
+
 DRIVERS: dict[str, Any] = {
     "dispatch": drive_dispatcher,
     "produce": drive_producer,
     "match": drive_matcher,
     "pack": drive_packer,
+    "gather": drive_evaluator,
     "learn": drive_learner,
     "archive": drive_archive,
 }

@@ -6,7 +6,7 @@
 -- KEYS[3]  segments     stream  group ARGV[2]
 -- KEYS[4]  matched      stream  group `packer`: schema_version, record_id, policy_version, encoded_length, optimizer_step
 -- KEYS[5]  rejected     stream  dead letters: record_id, reason, detail, source, raw (its first 256 KiB)
--- KEYS[6]  evaluations  stream  results of rollouts that were asked for to evaluate
+-- KEYS[6]  evaluations  stream  results of rollouts that were asked for to evaluate: record_id, body; counted bytes
 -- ARGV[2]  group
 -- ARGV[3]  oldest policy version that may be trained on
 -- ARGV[4]  number of records, then for each, from ARGV[5]: line, extra
@@ -73,11 +73,37 @@ local function raw_of(verdict)
   return string.sub(found and fields_of(found)['body'] or '', 1, RAW_KEPT_BYTES)
 end
 
+-- The entry says what its rollout was for; the caller of this script need not be believed.
+local function lane_of_entry(verdict)
+  local found = admitted[verdict.entry] and redis.call('XRANGE', KEYS[3], verdict.entry, verdict.entry)[1]
+  local columns = found and fields_of(found)['line'] or ''
+  return lane_of(string.match(columns, '^[^\t]*\t%d+\t[^\t]*\t%d+\t[^\t]*\t[^\t]*\t%d+\t([^\t]*)\t'))
+end
+
+local apart, no_answer = {}, 0
+local function count_apart(lane, name)
+  apart[lane .. name] = (apart[lane .. name] or 0) + 1
+  if lane ~= '' then no_answer = no_answer + 1 end
+end
+
+-- Without an evaluator nobody takes results away: the oldest go.
+local MOST_RESULTS = 50000
+local function add_result(id, body)
+  redis.call('XADD', KEYS[6], '*', 'record_id', id, 'body', body)
+  bytes = bytes + #body
+  local over = redis.call('XLEN', KEYS[6]) - MOST_RESULTS
+  if over <= 0 then return end
+  for _, entry in ipairs(redis.call('XRANGE', KEYS[6], '-', '+', 'COUNT', over)) do
+    bytes = bytes - #(fields_of(entry)['body'] or '')
+    redis.call('XDEL', KEYS[6], entry[1])
+  end
+end
+
 local function reject(verdict, event_id, reason, detail)
   redis.call('XADD', KEYS[5], 'MAXLEN', '~', 1000, '*', 'record_id', verdict.id, 'reason', reason,
     'detail', detail, 'source', 'segments ' .. verdict.entry, 'raw', raw_of(verdict))
   rejected[#rejected + 1] = event_id .. '\t' .. reason
-  count('rejected:' .. reason, 1)
+  count_apart(lane_of_entry(verdict), 'rejected:' .. reason)
   return 'rejected'
 end
 
@@ -105,11 +131,12 @@ local function settle(verdict)
     tokens = tokens + tonumber(text)
     bytes = bytes + verdict.made
   elseif outcome == 'evaluated' then
-    redis.call('XADD', KEYS[6], 'MAXLEN', '~', 50000, '*', 'record_id', id, 'body', verdict.extra)
+    add_result(id, verdict.extra)
     evaluated[#evaluated + 1] = id
   elseif outcome == 'dropped' then
     dropped[text] = dropped[text] or {}
     table.insert(dropped[text], id)
+    count_apart(lane_of_entry(verdict), 'dropped:' .. text)
   else
     reject(verdict, id, text, verdict.extra)
   end
@@ -129,10 +156,11 @@ if #evaluated > 0 then emit('evaluated', 'ids', table.concat(evaluated, ' ')) en
 if #rejected > 0 then emit('rejected', 'records', table.concat(rejected, '\n'), 'stage', 'matching') end
 for reason, ids in pairs(dropped) do
   emit('dropped', 'reason', reason, 'stage', 'matching', 'ids', table.concat(ids, ' '))
-  count('dropped:' .. reason, #ids)
 end
 count('matched', #matched)
 count('matched_tokens', tokens)
 count('evaluated', #evaluated)
+count('evaluation_waiting', -#evaluated - no_answer)
+for name, num in pairs(apart) do count(name, num) end
 count('bytes', bytes)
 return table.concat(status, ' ')

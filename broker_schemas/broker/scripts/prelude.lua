@@ -147,6 +147,9 @@ end
 local LOOK_AFTER_MS = 10000
 local function look_after(lease_ms) return math.min(tonumber(lease_ms), LOOK_AFTER_MS) end
 
+-- Where rollouts of a purpose are counted: those that evaluate take no place in the sums of training.
+local function lane_of(purpose) return purpose == 'evaluation' and 'evaluation_' or '' end
+
 local function close_request(id)
   redis.call('DEL', PREFIX .. 'request:' .. id)
   redis.call('ZREM', PREFIX .. 'requests', id)
@@ -157,10 +160,11 @@ local function fail_request(id, reason, detail)
   local key = PREFIX .. 'request:' .. id
   local remaining = tonumber(redis.call('HGET', key, 'remaining') or '0')
   if remaining == 0 then return 0 end
+  local lane = lane_of(redis.call('HGET', key, 'purpose'))
   emit('request_failed', 'request_id', id, 'reason', reason, 'detail', detail,
     'ids', redis.call('HGET', key, 'records'))
-  count('rejected:' .. reason, remaining)
-  count('open_records', -remaining)
+  count(lane .. 'rejected:' .. reason, remaining)
+  count(lane .. 'open_records', -remaining)
   close_request(id)
   return remaining
 end

@@ -18,7 +18,7 @@
 --   no_body    nothing at raw:<record id>
 --   bad_id     line not as above (numbers of 15 digits at most, task and sample id 800 bytes, purpose train or
 --              evaluation), record or request id not 1 to 200 characters of A-Z a-z 0-9 . _ : ~ -, or a
---              record its open request did not ask for
+--              record its open request did not ask for, or not for that purpose
 local num, limit = tonumber(ARGV[5]), tonumber(ARGV[4])
 local RAW, BODY, PAYLOAD = PREFIX .. 'raw:', PREFIX .. 'body:', PREFIX .. 'payload:'
 
@@ -29,14 +29,16 @@ local function read_line(line)
   local fits = id and #id <= 200 and #request <= 200 and #task <= 800 and #sample <= 800
     and (purpose == 'train' or purpose == 'evaluation')
     and #version < 16 and #tokens < 16 and #at < 16 and #step < 17
-  if fits then return id, version, request end
+  if fits then return id, version, request, purpose end
   return ''
 end
 
 -- some looks for all ids, instead of some for every record
-local ids, versions, asked_by, sizes, seen, named = {}, {}, {}, {}, {}, {}
+local ids, versions, asked_by, sizes, seen, named, lanes = {}, {}, {}, {}, {}, {}, {}
 for i = 1, num do
-  ids[i], versions[i], asked_by[i] = read_line(ARGV[5 + i])
+  local purpose
+  ids[i], versions[i], asked_by[i], purpose = read_line(ARGV[5 + i])
+  lanes[i] = lane_of(purpose)
   if ids[i] ~= '' then named[#named + 1] = ids[i] end
 end
 for _, key in ipairs({KEYS[4], KEYS[5]}) do
@@ -58,8 +60,8 @@ end
 local requests = {}
 local function open_request(id)
   if requests[id] == nil then
-    local records = redis.call('HGET', PREFIX .. 'request:' .. id, 'records')
-    requests[id] = records and {records = ' ' .. records .. ' ', came = 0} or false
+    local found = redis.call('HMGET', PREFIX .. 'request:' .. id, 'records', 'purpose')
+    requests[id] = found[1] and {records = ' ' .. found[1] .. ' ', lane = lane_of(found[2]), came = 0} or false
   end
   return requests[id]
 end
@@ -78,6 +80,8 @@ for i = 1, num do
   elseif request ~= '' and not open_request(request) then
     status[i], late = 'late', late + 1
   elseif request ~= '' and not string.find(open_request(request).records, ' ' .. id .. ' ', 1, true) then
+    status[i] = 'bad_id'
+  elseif request ~= '' and open_request(request).lane ~= lanes[i] then
     status[i] = 'bad_id'
   elseif size == 0 and redis.call('EXISTS', RAW .. id) == 0 then
     status[i] = 'no_body'
@@ -116,13 +120,19 @@ for id, request in pairs(requests) do
   if request and request.came > 0 then
     local left = redis.call('HINCRBY', PREFIX .. 'request:' .. id, 'remaining', -request.came)
     if left <= 0 then close_request(id) end
-    count('open_records', -request.came)
+    count(request.lane .. 'open_records', -request.came)
   end
 end
 if #lines > 0 then emit('pushed', 'records', table.concat(lines, '\n')) end
 if known[3] ~= ARGV[2] then redis.call('HSET', COUNTERS, 'budget', ARGV[2]) end
 if redis.call('SCARD', KEYS[4]) >= tonumber(ARGV[3]) then redis.call('RENAME', KEYS[4], KEYS[5]) end
-count('pushed', #lines)
+local to_evaluate = 0
+for _, i in ipairs(admitted) do
+  if lanes[i] ~= '' then to_evaluate = to_evaluate + 1 end
+end
+count('pushed', #lines - to_evaluate)
+count('evaluation_pushed', to_evaluate)
+count('evaluation_waiting', to_evaluate)
 count('duplicates', repeated)
 count('late', late)
 count('bytes', bytes)

@@ -7,6 +7,8 @@ from typing import Final
 from rollstream.watch.dashboards.panels import Dashboard, Panel, Query, Row
 from rollstream.watch.dashboards.queries import mean, rank_rate, series, sum_rate
 
+SHOWN_NUMBERS: Final = 'metric=~"eval_rollout_(f1|f1_50|f1_class_50|label_accuracy|map_50|map)"'
+
 
 def _loss(*matchers: str, by: str) -> str:
     return f"max by ({by}) ({series('rollstream_learner_loss', *matchers)})"
@@ -51,12 +53,8 @@ _LOSSES = Row(
             unit="percentunit",
             queries=(
                 Query(
-                    "max by (metric) ("
-                    + series(
-                        "rollstream_evaluation",
-                        'metric=~"eval_rollout_(f1|f1_50|f1_class_50|label_accuracy|map_50|map)"',
-                    )
-                    + ")",
+                    f"max by (metric) ({series('rollstream_evaluation', SHOWN_NUMBERS)} or "
+                    f"{series('rollstream_round_evaluation', SHOWN_NUMBERS)})",
                     "{{metric}}",
                 ),
             ),

@@ -11,6 +11,8 @@ _BAD_BELOW_ONE: Final = ((None, "red"), (1.0, "green"))
 _BAD_AT_ZERO: Final = ((None, "red"), (1.0, "green"))
 _BAD_ABOVE_ZERO: Final = ((None, "green"), (1.0, "red"))
 
+F1: Final = 'metric="eval_rollout_f1"'
+
 _HEALTH = Row(
     "Healthy?",
     (
@@ -88,7 +90,12 @@ _HEALTH = Row(
             unit="percentunit",
             width=3,
             height=4,
-            queries=(Query("max(" + series("rollstream_evaluation", 'metric="eval_rollout_f1"') + ")"),),
+            queries=(
+                Query(
+                    f"max({series('rollstream_evaluation', F1)} or "
+                    f"{series('rollstream_round_evaluation', F1)})"
+                ),
+            ),
         ),
     ),
 )
