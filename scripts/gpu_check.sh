@@ -22,10 +22,14 @@ measure() { # measure NAME COMMAND...
 
 : >"$out/table.txt"
 { nvidia-smi --query-gpu=name,memory.total --format=csv,noheader || echo "no GPU"; } >>"$out/table.txt" 2>/dev/null
-sizes=${SIZES:-tiny 2B}
+sizes=${SIZES:-tiny 2B 4B}
 for size in $sizes; do
-  measure "bench-$size" "$rollstream" bench learner --size "$size" $quick --json
-  measure "bench-$size-checkpointing" "$rollstream" bench learner --size "$size" --checkpointing $quick --json
+  measure "lora-$size" "$rollstream" bench learner --size "$size" --lora 16 --checkpointing $quick --json
   measure "memory-$size" "$rollstream" doctor configs/recipes/qwen3_vl_2b_1gpu_full.yaml --memory --size "$size" --json
+done
+for size in ${FULL_SIZES:-tiny 2B}; do
+  measure "full-$size" "$rollstream" bench learner --size "$size" $quick --json
+  measure "full-$size-checkpointing" "$rollstream" bench learner --size "$size" --checkpointing $quick --json
+  measure "full-$size-segments" "$rollstream" bench learner --size "$size" --attention segments $quick --json
 done
 exit $status

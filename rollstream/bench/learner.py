@@ -15,7 +15,10 @@ from typing import Any, Final
 import torch
 
 from broker_schemas.errors import ConfigError
+from broker_schemas.method.adapters import BaseModel
+from learner.attention import Wanted
 from learner.collation import PackedRow
+from learner.model_parts import AdapterSettings
 from learner.packed_forward import position_rule_of
 from learner.sharding import Precision
 from learner.step_costs import peak_flops, work_of
@@ -25,8 +28,11 @@ from rollstream.models.model_shape import shape_of_config
 from rollstream.models.named_sizes import first_coordinate_id, named_config, sizes_named
 from rollstream.models.practice_learner import PracticeLearner, PracticeSettings
 from rollstream.models.practice_rows import RowShape, practice_row
+from rollstream.wiring.room import free_host_bytes
 
 CPU_LAYERS: Final = 2
+WAYS: Final[dict[str, Wanted]] = {"auto": "auto", "flash": "flash", "segments": "segments"}
+LORA_TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +85,15 @@ def run_learner_bench(
     size: str = "tiny",
     precision: str | None = None,
     is_checkpointing_activations: bool = False,
+    attention: Wanted = "auto",
+    lora_rank: int | None = None,
     num_segments: int = 8,
     num_steps: int = 5,
     quick: bool = False,
 ) -> LearnerBench:
     """Measure one rank; a CPU gets a few layers of true width, a GPU the whole model.
 
+    With ``lora_rank`` both loops train the same adapters and coordinate rows.
     Raises ConfigError where the model needs more memory than there is, before it is made.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -96,15 +105,22 @@ def run_learner_bench(
     default: Precision = "bf16" if device.type == "cuda" else "float32"
     chosen: Precision = "bf16" if precision == "bf16" else "float32" if precision else default
     weights = shape_of_config(config).total
-    _check_room(weights, chosen, device)
+    _check_room(weights, chosen, device, is_adapted=lora_rank is not None)
     settings = PracticeSettings(
         precision=chosen,
         is_checkpointing_activations=is_checkpointing_activations,
         first_coordinate_id=first_coordinate_id(sizes),
+        attention=attention,
+        adapter=_adapters(lora_rank, first_coordinate_id(sizes)),
     )
     shape = RowShape(num_segments=2 if quick else num_segments, image_grid=(12, 16))
     measured = _measure(PracticeLearner(config, settings, device), config, shape, 2 if quick else num_steps)
-    probed = probe_row(config, replace(settings, first_coordinate_id=PROBE_FIRST_COORDINATE))
+    narrow = replace(
+        settings,
+        first_coordinate_id=PROBE_FIRST_COORDINATE,
+        adapter=_adapters(lora_rank, PROBE_FIRST_COORDINATE),
+    )
+    probed = probe_row(config, narrow)
     peak = peak_flops(device)
     loss_bytes = 3 * 4 * min(settings.loss_chunk_positions, shape.num_supervised) * sizes.num_rows
     return LearnerBench(
@@ -214,17 +230,26 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _check_room(weights: int, precision: str, device: torch.device) -> None:
-    wanted = weights * (18 if precision == "bf16" else 16)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_bytes()
+def _adapters(rank: int | None, first: int) -> AdapterSettings | None:
+    if rank is None:
+        return None
+    return AdapterSettings(
+        rank=rank,
+        alpha=2.0 * rank,
+        targets=LORA_TARGETS,
+        coordinate_ids=tuple(range(first, first + 1000)),
+        dropout=0.0,
+        is_dora=False,
+        base=BaseModel(path="random weights", fingerprint=""),
+    )
+
+
+def _check_room(weights: int, precision: str, device: torch.device, *, is_adapted: bool) -> None:
+    # made in float32 before they are turned into what computes
+    wanted = weights * (4 if is_adapted else 18 if precision == "bf16" else 16)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes()
     if wanted > free:
         raise ConfigError(
             f"bench learner: got {free / 1e9:.1f} GB free, expected {wanted / 1e9:.1f} GB for weights, "
             "gradients and moments; choose a smaller --size"
         )
-
-
-def _free_host_bytes() -> int:
-    import os
-
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -72,17 +72,28 @@ def learner(
         str | None, typer.Option(help="bf16 or float32; default as the device has it")
     ] = None,
     checkpointing: Annotated[bool, typer.Option(help="with activation checkpointing")] = False,
+    attention: Annotated[str, typer.Option(help="auto, flash or segments")] = "auto",
+    lora: Annotated[int | None, typer.Option(help="rank of adapters to train in place of weights")] = None,
     quick: Quick = False,
     as_json: AsJson = False,
 ) -> None:
     """Step time, tokens a second, utilisation and memory of a learner rank, against a plain loop."""
-    from rollstream.bench.learner import run_learner_bench
+    from rollstream.bench.learner import WAYS, run_learner_bench
 
     if precision not in (None, "bf16", "float32"):
         raise ConfigError(f"--precision: got {precision!r}, expected bf16 or float32")
+    if attention not in WAYS:
+        raise ConfigError(f"--attention: got {attention!r}, expected {', '.join(WAYS)}")
+    if lora is not None and lora < 1:
+        raise ConfigError(f"--lora: got {lora}, expected a rank of 1 or more")
     with Console(stderr=True).status(f"making a model of size {size}"):
         report = run_learner_bench(
-            size=size, precision=precision, is_checkpointing_activations=checkpointing, quick=quick
+            size=size,
+            precision=precision,
+            is_checkpointing_activations=checkpointing,
+            attention=WAYS[attention],
+            lora_rank=lora,
+            quick=quick,
         )
     console = Console(soft_wrap=True, highlight=False)
     if as_json:

@@ -49,6 +49,7 @@ from rollstream.run_lock import StackLock
 from rollstream.wiring import access
 from rollstream.wiring.adapters import adapter_settings
 from rollstream.wiring.identity import read_identity
+from rollstream.wiring.room import check_room
 from rollstream.wiring.trainable import read_samples
 from rollstream.wiring.vllm import rollout_chunk, server_sync
 
@@ -238,6 +239,7 @@ def run_learner_rank(
     device = rank_device(config, local_rank)
     fix_arithmetic(config.training.num_threads, is_cpu=device.type == "cpu")
     if rank == 0:
+        check_room(config, access.model_dir(config), device)
         rollout_chunk(config, wait_s=0.0)
     stop.follow_signals()
     with learner_door(config, rank) as (door, confirm):

@@ -27,6 +27,14 @@ def test_it_measures_both_loops_on_the_same_segments() -> None:
 
 
 def test_what_does_not_fit_is_said_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_free_host_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(bench, "free_host_bytes", lambda: 1_000_000)
     with pytest.raises(ConfigError, match=r"got 0.0 GB free, expected \d+.\d GB for weights"):
         bench.run_learner_bench(size="2B", quick=True)
+
+
+@pytest.mark.req("L-13")
+def test_adapters_are_trained_in_both_loops() -> None:
+    report = bench.run_learner_bench(size="tiny", lora_rank=4, attention="segments", quick=True)
+
+    assert math.isfinite(report.loss)
+    assert report.speed_up > 0
