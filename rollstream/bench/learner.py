@@ -25,7 +25,7 @@ from learner.step_costs import peak_flops, work_of
 from rollstream.doctor.memory_meter import measure_peak
 from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, probe_row
 from rollstream.models.model_shape import shape_of_config
-from rollstream.models.named_sizes import first_coordinate_id, named_config, sizes_named
+from rollstream.models.named_sizes import QwenSizes, first_coordinate_id, named_config, sizes_named
 from rollstream.models.practice_learner import PracticeLearner, PracticeSettings
 from rollstream.models.practice_rows import RowShape, practice_row
 from rollstream.wiring.room import free_host_bytes
@@ -97,10 +97,7 @@ def run_learner_bench(
     Raises ConfigError where the model needs more memory than there is, before it is made.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    sizes, cut_to = sizes_named(size), None
-    if device.type == "cpu" and size != "tiny":
-        sizes = sizes.cut(text_layers=CPU_LAYERS, vision_layers=CPU_LAYERS)
-        cut_to = f"{CPU_LAYERS} text and {CPU_LAYERS} vision layers"
+    sizes, cut_to = _sizes_for(size, device)
     config = named_config(sizes)
     default: Precision = "bf16" if device.type == "cuda" else "float32"
     chosen: Precision = "bf16" if precision == "bf16" else "float32" if precision else default
@@ -115,14 +112,7 @@ def run_learner_bench(
     )
     shape = RowShape(num_segments=2 if quick else num_segments, image_grid=(12, 16))
     measured = _measure(PracticeLearner(config, settings, device), config, shape, 2 if quick else num_steps)
-    narrow = replace(
-        settings,
-        first_coordinate_id=PROBE_FIRST_COORDINATE,
-        adapter=_adapters(lora_rank, PROBE_FIRST_COORDINATE),
-    )
-    probed = probe_row(config, narrow)
     peak = peak_flops(device)
-    loss_bytes = 3 * 4 * min(settings.loss_chunk_positions, shape.num_supervised) * sizes.num_rows
     return LearnerBench(
         size=size,
         device=_device_name(device),
@@ -133,13 +123,34 @@ def run_learner_bench(
         tokens_per_s=shape.num_tokens / measured.step_s,
         flops_per_s=measured.flops / measured.step_s,
         utilisation=None if peak is None else measured.flops / measured.step_s / peak,
-        predicted_row_bytes=probed.row_bytes(shape.num_tokens, shape.num_patches) + loss_bytes,
+        predicted_row_bytes=_predicted_row_bytes(config, settings, shape, lora_rank),
         step_s=measured.step_s,
         plain_step_s=measured.plain_step_s,
         row_bytes=measured.row_bytes,
         plain_row_bytes=measured.plain_row_bytes,
         loss=measured.loss,
     )
+
+
+def _sizes_for(size: str, device: torch.device) -> tuple[QwenSizes, str | None]:
+    sizes = sizes_named(size)
+    if device.type != "cpu" or size == "tiny":
+        return sizes, None
+    cut = sizes.cut(text_layers=CPU_LAYERS, vision_layers=CPU_LAYERS)
+    return cut, f"{CPU_LAYERS} text and {CPU_LAYERS} vision layers"
+
+
+def _predicted_row_bytes(
+    config: Any, settings: PracticeSettings, shape: RowShape, lora_rank: int | None
+) -> int:
+    narrow = replace(
+        settings,
+        first_coordinate_id=PROBE_FIRST_COORDINATE,
+        adapter=_adapters(lora_rank, PROBE_FIRST_COORDINATE),
+    )
+    num_rows = config.text_config.vocab_size
+    loss_bytes = 3 * 4 * min(settings.loss_chunk_positions, shape.num_supervised) * num_rows
+    return int(probe_row(config, narrow).row_bytes(shape.num_tokens, shape.num_patches) + loss_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
