@@ -70,6 +70,38 @@ def test_an_f1_at_its_target_ends_the_run_with_a_checkpoint_that_knows_it(tmp_pa
     assert [row["optimizer_step"] for row in rows(tmp_path)] == [0, 1, 2, 3]
 
 
+@pytest.mark.req("L-8")
+def test_the_number_of_an_evaluation_by_others_ends_the_run_when_it_comes(tmp_path: Path) -> None:
+    """Policies are published every two steps; the number of step 2 is there after step 4, nobody waits."""
+    settings = settings_for(
+        tmp_path,
+        "run",
+        eval_every_steps=2,
+        is_evaluated_by_others=True,
+        early_stop=EarlyStopSettings(metric="map_50", target=0.6, patience=None),
+        b_ratio="0",
+    )
+    asked: list[int] = []
+
+    def read(beyond_step: int) -> list[tuple[int, dict[str, float]]]:
+        asked.append(beyond_step)
+        return [[], [(2, {"eval_rollout_map_50": 0.5})], [(4, {"eval_rollout_map_50": 0.7})]][len(asked) - 1]
+
+    def refuse(model: Any, done: int) -> dict[str, float]:
+        raise AssertionError("the learner evaluates nothing itself")
+
+    outcome = run_one(one_rank(), settings, FakeBroker(1), read_evaluations=read, evaluate=refuse)
+    assert (outcome.optimizer_step, outcome.reason) == (
+        6,
+        "validation map_50 0.700 reached its target 0.6 (after 4 steps)",
+    )
+    assert asked == [0, 0, 2]
+    checkpoint = latest_checkpoint(settings.checkpoints_dir)
+    assert checkpoint is not None
+    state = read_trainer_state(checkpoint)
+    assert (state.best_f1, state.best_step, state.evaluated_step) == (0.7, 4, 4)
+
+
 @pytest.mark.req("O-3")
 def test_the_log_says_what_the_queue_held_and_goes_on_counting_b_steps_after_a_resume(tmp_path: Path) -> None:
     broker = FakeBroker(1)
