@@ -296,8 +296,10 @@ class QueueModel:
     def quarantine(self, step: int, names: Sequence[str]) -> bool:
         """Return whether all of them are out of the claim now; none of them is where one is unknown."""
         claim = self.claims.get(step)
-        if claim is None or step < self.covered_steps:
+        if claim is None:
             return False
+        if step < self.covered_steps:
+            return set(names) <= claim.out
         leaving = [name for name in dict.fromkeys(names) if name in claim.ids]
         for name in leaving:
             self.rollouts[name].stage, self.rollouts[name].reason = "rejected", "quarantined_image"

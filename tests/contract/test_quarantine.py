@@ -75,8 +75,10 @@ def test_the_sums_balance_and_a_replay_trains_what_was_left(
 def test_what_a_checkpoint_covers_stays_as_it_was_trained(broker: Broker) -> None:
     claimed(broker)
     door = a_learner(broker, archived_only=True)
+    door.quarantine(optimizer_step=0, segments=broken("b"))
     door.settle_checkpoint(optimizer_step=1)  # the archive lags: the claim is still there
+    door.quarantine(optimizer_step=0, segments=broken("b"))  # out before, said again
     assert read_status(broker, 2).open_claims == 1
     with pytest.raises(RunStopped, match="does not hold a, or a checkpoint covers it"):
         door.quarantine(optimizer_step=0, segments=broken("a"))
-    assert claim_again(broker).num_segments == 4
+    assert claim_again(broker).num_segments == 3

@@ -11,13 +11,11 @@ local RAW_KEPT_BYTES = 262144
 local step, num = tonumber(ARGV[2]), tonumber(ARGV[3])
 local covered = tonumber(redis.call('HGET', COUNTERS, 'covered_steps') or '0')
 local claim, place_of = {}, {}
-if step >= covered then
-  local flat = redis.call('HGETALL', KEYS[3])
-  for i = 1, #flat, 2 do
-    claim[flat[i]] = flat[i + 1]
-    if string.sub(flat[i], 1, 4) == 'ids:' then
-      for id in string.gmatch(flat[i + 1], '%S+') do place_of[id] = flat[i] end
-    end
+local flat = redis.call('HGETALL', KEYS[3])
+for i = 1, #flat, 2 do
+  claim[flat[i]] = flat[i + 1]
+  if step >= covered and string.sub(flat[i], 1, 4) == 'ids:' then
+    for id in string.gmatch(flat[i + 1], '%S+') do place_of[id] = flat[i] end
   end
 end
 
