@@ -14,7 +14,7 @@ from torch import Tensor
 
 from broker_schemas.errors import DataError
 from broker_schemas.records.records import MatchedSegment
-from learner.supervision import RowSupervision, supervise_row
+from learner.supervision import RowSupervision, on_device, supervise_row
 
 PositionRule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(input_ids (1, L), is_image_token (1, L) int32, image_grid_thw (n, 3) or None) -> positions (3, 1, L)."""
@@ -75,11 +75,11 @@ class PackedRow:
     def to(self, device: torch.device) -> PackedRow:
         """Return the row on ``device``."""
         return PackedRow(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device),
-            image_grid_thw=None if self.image_grid_thw is None else self.image_grid_thw.to(device),
-            kept_positions=self.kept_positions.to(device),
+            input_ids=on_device(self.input_ids, device),
+            position_ids=on_device(self.position_ids, device),
+            pixel_values=None if self.pixel_values is None else on_device(self.pixel_values, device),
+            image_grid_thw=None if self.image_grid_thw is None else on_device(self.image_grid_thw, device),
+            kept_positions=on_device(self.kept_positions, device),
             supervision=self.supervision.to(device),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def reduce_terms(terms: PositionTerms, supervision: RowSupervision, settings: Lo
         num_tail_slots=_segment_sum(1 - in_prefix, slot_segment, num_segments),
     )
     if not settings.keeps_non_finite:
-        _check_finite(losses)
+        check_finite(losses)
     return losses
 
 
@@ -218,7 +219,7 @@ def _slot_terms(
     logits: Tensor, supervision: RowSupervision, settings: LossSettings, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     scaled = logits[supervision.slot_rows].to(dtype) / settings.temperature_coord
-    coord_ids = torch.tensor(settings.coord_ids, device=logits.device)
+    coord_ids = _ids_on(settings.coord_ids, logits.device)
     coord = scaled[:, coord_ids]
     log_p = torch.log_softmax(coord, dim=1)
     q = soft_targets(supervision.slot_targets, settings, dtype)
@@ -249,6 +250,12 @@ def _unlikelihood(
     return scores.logsumexp(dim=1) - others.logsumexp(dim=1)
 
 
+@lru_cache(maxsize=8)
+def _ids_on(token_ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return ids on ``device``; copied once, for every copy waits for the device."""
+    return torch.tensor(token_ids, device=device)
+
+
 def _segment_sum(values: Tensor, segment_of: Tensor, num_segments: int) -> Tensor:
     return values.new_zeros(num_segments).index_add(0, segment_of, values)
 
@@ -262,7 +269,8 @@ def _segment_mean(
     return summed / total_weight.masked_fill(total_weight == 0, 1)
 
 
-def _check_finite(losses: SegmentLosses) -> None:
+def check_finite(losses: SegmentLosses) -> None:
+    """Raise NonFiniteLoss naming the segments whose loss is not finite."""
     finite = torch.isfinite(losses.total.detach())
     if bool(finite.all()):
         return

@@ -68,8 +68,17 @@ class RowSupervision:
 
     def to(self, device: torch.device) -> RowSupervision:
         """Return the same indices on ``device``."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {
+            name: on_device(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return RowSupervision(record_ids=self.record_ids, **moved)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` on ``device``; on its way to a GPU it waits for nothing that runs there."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def supervise_row(segments: Sequence[MatchedSegment], *, with_repeats: bool = False) -> RowSupervision:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from broker_schemas.records.packs import Untrainable
 from learner.collation import PackedRow
 from learner.distributed import Ranks
-from learner.losses import LossSettings, SegmentLosses
+from learner.losses import LossSettings, SegmentLosses, check_finite
 from learner.packed_forward import RowLoss
 from learner.quarantine import without_a_number
 from learner.sharding import is_sharded, local_part, num_copies
@@ -86,15 +86,22 @@ def run_micro_steps(
 
     ``num_segments_in_step`` counts the segments of all ranks. No rows: no gradient, zero sums.
     Segments whose loss is not finite are added to ``broken``; raises NonFiniteLoss naming them without it.
+    The numbers stay on the device until all rows are done, so that no row waits for the one before it.
     """
-    sums = LossSums()
+    done: list[tuple[SegmentLosses, LossSums]] = []
+    loss_settings = replace(loss_settings, keeps_non_finite=True)
     for row in rows:
         on_device = row.to(device)
         total, losses = row_loss(on_device, loss_settings)
         torch.autograd.backward(total / num_segments_in_step)
-        of_row = _sums_of(losses, row)
-        if broken is not None and not math.isfinite(of_row.total):
-            broken += without_a_number(losses)
+        done.append((losses, _counts_of(losses, row)))
+    sums = LossSums()
+    for (losses, _), of_row in zip(done, _sums_of(done), strict=True):
+        if not math.isfinite(of_row.total):
+            if broken is None:
+                check_finite(losses)
+            else:
+                broken += without_a_number(losses)
         sums = sums + of_row
     return sums
 
@@ -142,14 +149,24 @@ def gradient_norm(gradients: Sequence[Tensor], ranks: Ranks) -> float:
     return float(total.sqrt().to(torch.float32))
 
 
-def _sums_of(losses: SegmentLosses, row: PackedRow) -> LossSums:
-    names = [f.name for f in fields(losses) if f.name != "record_ids"]
-    summed = torch.stack([getattr(losses, name).detach().sum() for name in names]).tolist()
+def _counts_of(losses: SegmentLosses, row: PackedRow) -> LossSums:
     return LossSums(
-        **dict(zip(names, summed, strict=True)),
         num_segments=len(losses.record_ids),
         num_tokens=row.num_tokens,
         num_patches=row.num_patches,
         num_supervised=int(row.kept_positions.numel()),
         num_rows=1,
     )
+
+
+def _sums_of(rows: Sequence[tuple[SegmentLosses, LossSums]]) -> list[LossSums]:
+    """Return the sums of each row, of its losses and counts, read from the device at once."""
+    if not rows:
+        return []
+    names = [f.name for f in fields(SegmentLosses) if f.name != "record_ids"]
+    summed = [torch.stack([getattr(losses, name).detach().sum() for name in names]) for losses, _ in rows]
+    values = torch.stack(summed).tolist()
+    return [
+        replace(counts, **dict(zip(names, row, strict=True)))
+        for (_, counts), row in zip(rows, values, strict=True)
+    ]
