@@ -72,6 +72,12 @@ def calls(broker: Broker) -> dict[str, Any]:
             [(broker.keys.raw("n"), body)],
         ),
         "reap_consumers": ("reap_consumers", ["segments"], [MATCHER_GROUP, "c", LONG], ()),
+        "settle_evaluation": (
+            "settle_evaluation",
+            ["evaluations", "evaluation", "evaluation_numbers"],
+            [1, 1, b"\x80", 1, 1, "1-1"],
+            (),
+        ),
         "take_slots": ("take_slots", ["server_slots:u"], ["holder", 4, 4, LONG], ()),
     }
 
@@ -116,6 +122,7 @@ TABLE: Final[dict[str, tuple[Callable[[Broker], Any], Any]]] = {
     },
     "open_step": (prepared("open_step"), 0),
     "publish_policy": (prepared("publish_policy"), 0),
+    "settle_evaluation": (prepared("settle_evaluation"), 0),
     "push_segments": (prepared("push_segments"), b"duplicate"),
     "commit_match": (commit_match, b"gone"),
     "commit_pack": (commit_pack, [0, b"a"]),
