@@ -23,6 +23,7 @@ from broker_schemas.broker.rollout_requests import (
 )
 from broker_schemas.broker.status import RunStatus, read_status
 from broker_schemas.broker.trouble_log import RoundCounts
+from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.records import NOT_STEP_BOUND
 from producers.asked_again import StaleRollouts
 from producers.demand import DemandSettings, decide_demand, requests_to_issue
@@ -76,6 +77,7 @@ class Dispatcher:
         self._failed_jobs: set[str] = set()
         self._said = RoundCounts()
         self._brake = FailureBrake()
+        self._num_waiting_jobs = 0
         self._on_their_way: set[str] = set()
         self._stale = StaleRollouts(broker)
         self._evaluate_at_s = 0.0
@@ -93,9 +95,11 @@ class Dispatcher:
             self._leases_checked_at_s = now_s
             self._give_up_failed()
             self._run_again()
+            self._num_waiting_jobs = len(self._queue.waiting_job_ids())
         demand = self._settings.demand
         status = read_status(self._broker, self._settings.world_size, with_ready_versions=demand is not None)
         self._metrics.on_status(status.outstanding)
+        self._tell_jobs_and_freshness(status)
         if status.policy_version < 0:
             return 0
         if self._settings.evaluation is not None and now_s >= self._evaluate_at_s:
@@ -133,6 +137,13 @@ class Dispatcher:
             self._enqueue([request], attempt=1)
             if chunk.start == 0:
                 log.info("dispatcher: policy version %d is evaluated", chunk.policy_version)
+
+    def _tell_jobs_and_freshness(self, status: RunStatus) -> None:
+        size = self._settings.request_size
+        self._metrics.on_jobs(self._num_waiting_jobs, -(-status.total("open_records") // size))
+        demand, ready = self._settings.demand, [version for rank in status.ready_versions for version in rank]
+        if demand is not None and ready:
+            self._metrics.on_ready(min(ready), oldest_allowed(status.policy_version, demand.version_window))
 
     def _wanted(self, status: RunStatus) -> int:
         demand = self._settings.demand

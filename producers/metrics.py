@@ -31,6 +31,12 @@ class ProducerMetrics:
             buckets=(0.1, 0.3, 1, 3, 10, 30, 100),
             registry=registry,
         )
+        self._loading = Histogram(
+            "rollstream_policy_load_seconds",
+            "Time to take the weights of another policy version.",
+            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300),
+            registry=registry,
+        )
         self._version = Gauge(
             "rollstream_producer_policy_version", "Version of the weights in use.", registry=registry
         )
@@ -57,6 +63,9 @@ class ProducerMetrics:
 
     def on_broken_job(self) -> None:
         self._broken_jobs.inc()
+
+    def on_loaded(self, load_s: float) -> None:
+        self._loading.observe(load_s)
 
     def on_paused(self, pause_s: float) -> None:
         self._pauses.inc(pause_s)
@@ -109,6 +118,22 @@ class DispatcherMetrics:
         self._outstanding = Gauge(
             "rollstream_outstanding_rollouts", "Rollouts asked for and not yet matched.", registry=registry
         )
+        self._waiting_jobs = Gauge(
+            "rollstream_waiting_jobs", "Rollout jobs that no worker has taken yet.", registry=registry
+        )
+        self._wanted_producers = Gauge(
+            "rollstream_wanted_producers",
+            "Producers that could work at once: open rollouts over the size of a request, rounded up.",
+            registry=registry,
+        )
+        self._lowest_ready = Gauge(
+            "rollstream_ready_lowest_version", "Lowest policy version of the ready packs.", registry=registry
+        )
+        self._until_stale = Gauge(
+            "rollstream_ready_until_stale_versions",
+            "Publications that the oldest ready pack still outlasts.",
+            registry=registry,
+        )
         for reason in FAILURE_REASONS:
             self._failed.labels(reason)
 
@@ -124,6 +149,14 @@ class DispatcherMetrics:
 
     def on_failed(self, reason: str) -> None:
         self._failed.labels(reason).inc()
+
+    def on_jobs(self, num_waiting: int, num_wanted_producers: int) -> None:
+        self._waiting_jobs.set(num_waiting)
+        self._wanted_producers.set(num_wanted_producers)
+
+    def on_ready(self, lowest_version: int, oldest_allowed: int) -> None:
+        self._lowest_ready.set(lowest_version)
+        self._until_stale.set(lowest_version - oldest_allowed)
 
     def on_generation_steps(self, num_steps: int) -> None:
         self._generation.set(num_steps)

@@ -148,6 +148,7 @@ class Producer:
         """Take the weights of ``policy``; where they cannot be read, those in use stay while fresh."""
         if time.monotonic() < self._follow_at_s and self._may_stay(policy):
             return
+        before, started_s = self.backend.policy_version, time.monotonic()
         try:
             self.backend.follow(policy)
         except (RollstreamError, OSError) as exc:
@@ -159,6 +160,8 @@ class Producer:
                 return
             self._not_followed = exc
             raise
+        if self.backend.policy_version != before:
+            self.metrics.on_loaded(time.monotonic() - started_s)
         self._following.on_well()
         self._follow_patience.worked()
         self._follow_at_s = 0.0

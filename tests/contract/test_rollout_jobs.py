@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,6 +77,19 @@ def work(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     worker = RolloutWorker([queue], connection=broker.client, serializer=JSONSerializer, job_class=RolloutJob)
     worker.work(burst=True, logging_level="CRITICAL", with_scheduler=False)
     return producer.ran
+
+
+_SEEN_HANDLERS: list[object] = []
+
+
+def test_a_worker_installs_its_own_signal_handlers(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    _SEEN_HANDLERS.append(signal.getsignal(signal.SIGTERM))
+    work(broker, monkeypatch)
+    assert signal.getsignal(signal.SIGTERM) is not _SEEN_HANDLERS[0]
+
+
+def test_and_the_next_test_finds_those_of_before() -> None:
+    assert all(signal.getsignal(signal.SIGTERM) is handler for handler in _SEEN_HANDLERS)
 
 
 @pytest.mark.req("O-5", "Q-3")

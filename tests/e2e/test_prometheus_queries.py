@@ -21,6 +21,8 @@ from rollstream.datasets.scenes import make_scenes
 from rollstream.models.shipped import SHIPPED_MODEL
 from rollstream.stack.ports_in_use import free_loopback_port
 from rollstream.watch.dashboards.files import DASHBOARDS
+from rollstream.wiring.access import PORT_OFFSETS
+from tests.builders.ports import free_base_port
 from tests.prometheus_queries import alert_conditions, alerts, dashboard_queries, recording_rules
 from tests.source_tree import ROOT
 
@@ -71,7 +73,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subp
     root = tmp_path_factory.mktemp("stack")
     make_scenes(root / "data" / "scenes", num_train=32, num_val=4)
     log = root / "up.log"
-    settings = [*OVERRIDES, f"model.name_or_path={SHIPPED_MODEL}", f"metrics.base_port={free_base_port()}"]
+    settings = [
+        *OVERRIDES,
+        f"model.name_or_path={SHIPPED_MODEL}",
+        f"metrics.base_port={free_base_port(PORT_OFFSETS.values())}",
+    ]
     command = [sys.executable, "-m", "rollstream.commands.program", "up", str(ROOT / "configs" / "demo.yaml")]
     command += [part for setting in settings for part in ("--set", setting)]
     with log.open("wb") as output:
@@ -89,11 +95,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, subp
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def free_base_port() -> int:
-    """Return a base port some way below a free one: the roles' offsets reach 60 above it."""
-    return free_loopback_port() - 60
 
 
 @pytest.fixture(scope="module")

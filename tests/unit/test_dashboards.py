@@ -10,15 +10,17 @@ import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer.main
 import yaml
+from prometheus_client import CollectorRegistry, generate_latest
 
 from rollstream.commands.pages import generated_files, outdated_files, write_generated
 from rollstream.commands.program import app
 from rollstream.watch.dashboards.files import DASHBOARDS, dashboard_files
-from rollstream.watch.metrics_table import declared_metrics
+from rollstream.watch.metrics_table import ROLE_METRICS, declared_metrics, exported_families
 from tests.prometheus_queries import (
     alert_conditions,
     alerts,
@@ -205,6 +207,21 @@ def test_rules_pass_their_own_tests() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.req("O-3")
+@pytest.mark.parametrize("role", [*sorted(ROLE_METRICS), "export"])
+def test_prometheus_finds_no_fault_with_the_names_of_metrics(role: str) -> None:
+    registry = CollectorRegistry()
+    if role == "export":
+        families = list(exported_families())
+        text = generate_latest(SimpleNamespace(collect=lambda: families))  # type: ignore[arg-type]
+    else:
+        ROLE_METRICS[role](registry)
+        text = generate_latest(registry)
+    done = subprocess.run([promtool(), "check", "metrics"], input=text, capture_output=True, check=False)
+    # promtool takes the B of B steps for an abbreviated byte
+    assert [line for line in done.stderr.decode().splitlines() if "b_step" not in line] == []
 
 
 @pytest.mark.req("O-4")

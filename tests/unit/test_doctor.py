@@ -30,6 +30,7 @@ from rollstream.run_lock import StackLock
 from rollstream.wiring.access import PORT_OFFSETS
 from tests.builders.configs import METHOD, load_mapping, make_mapping, put
 from tests.builders.datasets import write_picture
+from tests.builders.ports import free_base_port
 
 FACTS = BrokerFacts(
     server="7.2.0",
@@ -185,13 +186,24 @@ def test_a_disk_too_small_for_the_checkpoints_is_found(
     assert verdicts == ["ok", "warn", "fail"]
 
 
+def config_with_only_the_packers_port_taken(folder: Path, taken: socket.socket) -> RunConfig:
+    """Listen with ``taken``; other programs of this machine may hold neighbouring ports, so look for room."""
+    for _ in range(100):
+        base_port = free_base_port(PORT_OFFSETS.values())
+        config = config_of(folder, metrics__base_port=base_port)
+        try:
+            taken.bind(("127.0.0.1", base_port + PORT_OFFSETS["pack"]))
+        except OSError:  # somebody was quicker
+            continue
+        taken.listen()
+        return config
+    raise AssertionError("no free range of ports on this machine")
+
+
 def test_a_port_in_use_is_found_unless_the_runs_own_stack_uses_it(tmp_path: Path) -> None:
     with socket.socket() as taken:
-        # given somebody on the packer's port
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        base_port = taken.getsockname()[1] - PORT_OFFSETS["pack"]
-        config = config_of(tmp_path, metrics__base_port=base_port)
+        # given somebody on the packer's port, and nobody on those of the other roles
+        config = config_with_only_the_packers_port_taken(tmp_path, taken)
         # then
         (finding,) = doctor.examine_ports(config)
         assert finding.verdict == "fail"

@@ -34,11 +34,14 @@ def drive_producer(metrics: ProducerMetrics) -> None:
     metrics.on_pushed(["ok", "duplicate"], 0.25)
     metrics.on_sync_failed()
     metrics.on_paused(0.5)
+    metrics.on_loaded(2.0)
     metrics.on_broken_job()
 
 
 def drive_dispatcher(metrics: DispatcherMetrics) -> None:
     metrics.on_generation_steps(2)
+    metrics.on_jobs(3, 4)
+    metrics.on_ready(7, 5)
     metrics.on_issued(8, again=1)
     metrics.on_reissued(2)
     metrics.on_failed("generation_failed")

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Final
 
 from rollstream.watch.dashboards.panels import Dashboard, Panel, Query, Row
-from rollstream.watch.dashboards.queries import mean, rank_rate, series, sum_rate
+from rollstream.watch.dashboards.queries import (
+    EVENTS_A_SECOND,
+    OBJECTS_A_SECOND,
+    PACKS_A_SECOND,
+    ROLLOUTS_A_SECOND,
+    STEPS_A_SECOND,
+    mean,
+    rank_rate,
+    series,
+    sum_rate,
+)
 
 SHOWN_NUMBERS: Final = 'metric=~"eval_rollout_(f1|f1_50|f1_class_50|label_accuracy|map_50|map)"'
 
@@ -68,7 +78,7 @@ _STEPS = Row(
         Panel(
             title="Steps by kind",
             meaning="Optimizer steps a second.",
-            unit="ops",
+            unit=STEPS_A_SECOND,
             queries=(Query(rank_rate("rollstream_learner_steps_total", by="kind"), "{{kind}}"),),
         ),
         Panel(
@@ -83,7 +93,7 @@ _STEPS = Row(
         Panel(
             title="Segments and tokens",
             meaning="Trained a second, by kind.",
-            unit="ops",
+            unit=EVENTS_A_SECOND,
             queries=(
                 Query(rank_rate("rollstream_learner_segments_total", by="kind"), "segments {{kind}}"),
                 Query(rank_rate("rollstream_learner_tokens_total", by="kind"), "tokens {{kind}}"),
@@ -141,13 +151,13 @@ _MATCHING = Row(
         Panel(
             title="Objects",
             meaning="A second: valid predictions, ground truth, matched, appended because unmatched.",
-            unit="ops",
+            unit=OBJECTS_A_SECOND,
             queries=(_objects("valid_objects", "ground_truth_objects", "matched", "unmatched_appended"),),
         ),
         Panel(
             title="Trouble in rollouts",
             meaning="A second: truncated, without any valid object, refused by the gate, without a target.",
-            unit="ops",
+            unit=EVENTS_A_SECOND,
             queries=(
                 _objects(
                     "truncated", "invalid_rollouts", "gating_rejections", "targets_excluded", "dropped_.*"
@@ -157,7 +167,7 @@ _MATCHING = Row(
         Panel(
             title="Outcomes",
             meaning="Rollouts a second that matchers committed.",
-            unit="ops",
+            unit=ROLLOUTS_A_SECOND,
             queries=(Query(sum_rate("rollstream_matches_total", by="outcome"), "{{outcome}}"),),
         ),
         Panel(
@@ -193,7 +203,7 @@ _PACKING = Row(
         Panel(
             title="Packs by reason",
             meaning="A second, by why they left the buffer.",
-            unit="ops",
+            unit=PACKS_A_SECOND,
             queries=(Query(sum_rate("rollstream_packs_total", by="reason"), "{{reason}}"),),
         ),
         Panel(

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Final
 
 from rollstream.watch.dashboards.panels import Dashboard, Panel, Query, Row
-from rollstream.watch.dashboards.queries import mean, quantile, rank_rate, rate, series, sum_rate
+from rollstream.watch.dashboards.queries import (
+    ROLLOUTS_A_SECOND,
+    TOKENS_A_SECOND,
+    mean,
+    quantile,
+    rank_rate,
+    rate,
+    series,
+    sum_rate,
+)
 
 _BAD_BELOW_ONE: Final = ((None, "red"), (1.0, "green"))
 _BAD_AT_ZERO: Final = ((None, "red"), (1.0, "green"))
@@ -105,7 +114,9 @@ _BOTTLENECK = Row(
     (
         Panel(
             title="Busy and waiting",
-            meaning="Share of time. Learner waiting: rollouts come too slowly. Producers waiting: too fast.",
+            meaning="Share of time. Learner waiting: rollouts come too slowly. Producers waiting: too fast. "
+            "The line at 20 %: above it LearnerWaiting fires.",
+            steps=((None, "green"), (0.2, "orange")),
             unit="percentunit",
             highest=1,
             queries=(
@@ -131,13 +142,13 @@ _BOTTLENECK = Row(
         Panel(
             title="Rollouts through each stage",
             meaning="Rollouts a second; in balance the lines lie on each other.",
-            unit="ops",
+            unit=ROLLOUTS_A_SECOND,
             queries=(Query(sum_rate("rollstream_rollouts_by_stage_total", by="stage"), "{{stage}}"),),
         ),
         Panel(
             title="Tokens",
             meaning="Tokens a second that are generated, packed and trained.",
-            unit="ops",
+            unit=TOKENS_A_SECOND,
             queries=(
                 Query(series("rollstream:rollout_tokens:rate1m"), "generated"),
                 Query(sum_rate("rollstream_packed_tokens_total"), "packed"),
@@ -155,10 +166,44 @@ _BOTTLENECK = Row(
             unit="s",
             queries=(
                 Query(mean("rollstream_generation_seconds"), "generation chunk"),
+                Query(mean("rollstream_policy_load_seconds"), "load of a policy"),
                 Query(mean("rollstream_match_seconds"), "match"),
                 Query(mean("rollstream_learner_step_seconds", over="max"), "optimizer step"),
                 Query(quantile(0.9, "rollstream_learner_step_seconds"), "optimizer step p90"),
             ),
+        ),
+    ),
+)
+
+_MEANS = Row(
+    "What it takes",
+    (
+        Panel(
+            title="Producers wanted",
+            meaning="Producers that could work at once, those that are up, and jobs that wait for one.",
+            queries=(
+                Query(series("rollstream_wanted_producers"), "wanted"),
+                Query(series("rollstream:producers_up:sum"), "up"),
+                Query(series("rollstream_waiting_jobs"), "jobs waiting"),
+            ),
+        ),
+        Panel(
+            title="Time to stale",
+            meaning="Publications that the oldest ready pack still outlasts; below zero it is dropped.",
+            queries=(
+                Query(series("rollstream_ready_until_stale_versions"), "publications left"),
+                Query(
+                    f"{series('rollstream_policy_version')} - on (run) "
+                    f"{series('rollstream_ready_lowest_version')}",
+                    "behind the policy",
+                ),
+            ),
+        ),
+        Panel(
+            title="Cost of a trained token",
+            meaning="Busy seconds of all producers and learner ranks together.",
+            unit="s",
+            queries=(Query(series("rollstream:cost_per_token:seconds5m"), "a token"),),
         ),
     ),
 )
@@ -191,7 +236,7 @@ _BROKER = Row(
         Panel(
             title="Dropped and rejected",
             meaning="Rollouts a second.",
-            unit="ops",
+            unit=ROLLOUTS_A_SECOND,
             queries=(
                 Query(sum_rate("rollstream_dropped_rollouts_total"), "dropped"),
                 Query(sum_rate("rollstream_rejected_rollouts_total"), "rejected"),
@@ -204,5 +249,5 @@ OVERVIEW: Final = Dashboard(
     uid="rollstream-overview",
     title="rollstream: overview",
     meaning="Is the run healthy, and where is the bottleneck?",
-    rows=(_HEALTH, _BOTTLENECK, _BROKER),
+    rows=(_HEALTH, _BOTTLENECK, _MEANS, _BROKER),
 )

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 WIDTH: Final = 24
 SCHEMA_VERSION: Final = 39
+SHARED_CROSSHAIR: Final = 1
 DATASOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
 Kind = Literal["timeseries", "stat", "bargauge"]
 Json = dict[str, Any]
@@ -38,7 +39,7 @@ class Panel:
 
     def to_json(self, number: int, left: int, top: int) -> Json:
         """Return the panel at a place of the grid."""
-        custom = {"stacking": {"mode": "normal" if self.is_stacked else "none"}, "fillOpacity": 10}
+        custom: Json = {"stacking": {"mode": "normal" if self.is_stacked else "none"}, "fillOpacity": 10}
         defaults: Json = {
             "unit": self.unit,
             "min": 0 if self.unit != "none" else None,
@@ -49,6 +50,8 @@ class Panel:
             },
         }
         if self.kind == "timeseries":
+            if len(self.steps) > 1:  # each value from which on it is bad is a line
+                custom["thresholdsStyle"] = {"mode": "line"}
             defaults["custom"] = custom
         return {
             "id": number,
@@ -71,7 +74,7 @@ class Panel:
 
 _OPTIONS: Final[dict[Kind, Json]] = {
     "timeseries": {
-        "legend": {"displayMode": "list", "placement": "bottom"},
+        "legend": {"displayMode": "table", "placement": "bottom", "calcs": ["lastNotNull", "mean", "max"]},
         "tooltip": {"mode": "multi", "sort": "desc"},
     },
     "stat": {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "background", "graphMode": "area"},
@@ -109,6 +112,7 @@ class Dashboard:
             "tags": ["rollstream"],
             "schemaVersion": SCHEMA_VERSION,
             "editable": False,
+            "graphTooltip": SHARED_CROSSHAIR,
             "refresh": "5s",
             "time": {"from": "now-30m", "to": "now"},
             "templating": {"list": _VARIABLES},

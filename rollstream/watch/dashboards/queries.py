@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
+ROLLOUTS_A_SECOND: Final = "suffix: rollouts/s"
+TOKENS_A_SECOND: Final = "suffix: tokens/s"
+STEPS_A_SECOND: Final = "suffix: steps/s"
+PACKS_A_SECOND: Final = "suffix: packs/s"
+OBJECTS_A_SECOND: Final = "suffix: objects/s"
+EVENTS_A_SECOND: Final = "suffix: /s"
 RUN: Final = 'run="$run"'
 
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Final
 
 from rollstream.watch.dashboards.panels import Dashboard, Panel, Query, Row
-from rollstream.watch.dashboards.queries import mean, quantile, rank_rate, series, sum_rate
+from rollstream.watch.dashboards.queries import (
+    EVENTS_A_SECOND,
+    PACKS_A_SECOND,
+    ROLLOUTS_A_SECOND,
+    STEPS_A_SECOND,
+    mean,
+    quantile,
+    rank_rate,
+    series,
+    sum_rate,
+)
 
 _DEPTH = Row(
     "Depth and age",
@@ -95,26 +105,26 @@ _LOST = Row(
         Panel(
             title="Dropped rollouts by reason",
             meaning="Rollouts a second that will not be trained.",
-            unit="ops",
+            unit=ROLLOUTS_A_SECOND,
             is_stacked=True,
             queries=(Query(sum_rate("rollstream_dropped_rollouts_total", by="reason"), "{{reason}}"),),
         ),
         Panel(
             title="Dropped packs by reason",
             meaning="Packs a second that the packer's commits pushed out.",
-            unit="ops",
+            unit=PACKS_A_SECOND,
             queries=(Query(sum_rate("rollstream_packer_dropped_packs_total", by="reason"), "{{reason}}"),),
         ),
         Panel(
             title="Packs below the fill ratio",
             meaning="Packs a second that left below training.packing_min_fill_ratio.",
-            unit="ops",
+            unit=PACKS_A_SECOND,
             queries=(Query(sum_rate("rollstream_underfilled_packs_total"), "underfilled"),),
         ),
         Panel(
             title="B steps skipped by reason",
             meaning="Steps a second that became A.",
-            unit="ops",
+            unit=STEPS_A_SECOND,
             queries=(
                 Query(rank_rate("rollstream_b_step_skipped_due_to_queue_total", by="reason"), "{{reason}}"),
             ),
@@ -122,14 +132,14 @@ _LOST = Row(
         Panel(
             title="Rejected rollouts by reason",
             meaning="Rollouts a second; raw bytes and reason stand in the stream rejected.",
-            unit="ops",
+            unit=ROLLOUTS_A_SECOND,
             is_stacked=True,
             queries=(Query(sum_rate("rollstream_rejected_rollouts_total", by="reason"), "{{reason}}"),),
         ),
         Panel(
             title="Came twice, came late",
             meaning="Recognised by their id; both do no harm.",
-            unit="ops",
+            unit=ROLLOUTS_A_SECOND,
             queries=(
                 Query(sum_rate("rollstream_duplicate_rollouts_total"), "duplicates"),
                 Query(sum_rate("rollstream_late_rollouts_total"), "late"),
@@ -151,9 +161,10 @@ _WORK = Row(
         Panel(
             title="Requests",
             meaning="Rollouts asked for a second, requests run again, given up; entries that are no job.",
-            unit="ops",
+            unit=EVENTS_A_SECOND,
             queries=(
                 Query(sum_rate("rollstream_rollouts_requested_total"), "rollouts asked for"),
+                Query(sum_rate("rollstream_rollouts_asked_again_total"), "asked again"),
                 Query(sum_rate("rollstream_requests_reissued_total"), "requests run again"),
                 Query(sum_rate("rollstream_requests_failed_total", by="reason"), "given up: {{reason}}"),
                 Query(sum_rate("rollstream_broken_jobs_total"), "no job, in the queue"),
