@@ -45,7 +45,7 @@ class Backend:
             raise self.follow_error
         self.policy_version = policy.policy_version
 
-    def generate(self, samples: Any, seeds: Any) -> list[Any]:
+    def generate(self, samples: Any, seeds: Any, **_: Any) -> list[Any]:
         self.num_generated += 1
         if error := self.generate_error(self.num_generated):
             raise error
