@@ -85,9 +85,9 @@ def write_adapter(folder: Path, plan: AdapterPlan, tensors: Mapping[str, Tensor]
         if not name.endswith(ROWS_NAME)
     }
     rows = {name: tensor.contiguous() for name, tensor in tensors.items() if name.endswith(ROWS_NAME)}
-    # peft warns of keys of its configuration that it does not know
-    notes = {"format": "pt", BASE_FINGERPRINT: plan.base.fingerprint}
-    save_file(weights, folder / WEIGHTS_FILE, metadata=notes)
+    # not in the configuration, where peft warns of keys that it does not know; and no second note beside it,
+    # as safetensors writes them in any order and equal adapters must be equal files
+    save_file(weights, folder / WEIGHTS_FILE, metadata={BASE_FINGERPRINT: plan.base.fingerprint})
     if rows:
         save_file({**rows, _IDS: torch.tensor(sorted(plan.coordinate_ids))}, folder / ROWS_FILE)
     body = {
