@@ -9,6 +9,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-inp
 BENCHES ?= packing matching queue pipeline
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 ARGS ?=
+# test files at a time
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q
+IN_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 WARM_RUN := runs/warm-start-scenes
 WARM_CONFIG := configs/warm_start/scenes.yaml
 
@@ -17,7 +21,7 @@ WARM_CONFIG := configs/warm_start/scenes.yaml
 
 help:
 	@echo "make demo            the main job, from nothing to a report (ARGS='--steps 48')"
-	@echo "make test            all tests (ARGS='-k packing')"
+	@echo "make test            all tests, two files at a time (WORKERS=4, ARGS='-k packing')"
 	@echo "make test-fast       the unit tests alone"
 	@echo "make test-vllm       the tests on real vLLM servers; installs them apart (about 6 GB)"
 	@echo "make check           formatter, linter, types, house rules"
@@ -43,15 +47,14 @@ demo: $(STAMP)
 	@$(BIN)/rollstream demo $(ARGS)
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q $(ARGS)
+	@$(PYTEST) $(IN_WORKERS) $(ARGS)
 
 test-fast: $(STAMP)
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q tests/unit $(ARGS)
+	@$(PYTEST) $(IN_WORKERS) tests/unit $(ARGS)
 
 test-vllm: $(STAMP)
 	@bash scripts/install_vllm.sh
-	@ROLLSTREAM_TEST_VLLM=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-	  $(BIN)/python -m pytest -q tests/vllm $(ARGS)
+	@ROLLSTREAM_TEST_VLLM=1 $(PYTEST) tests/vllm $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --output-format concise .

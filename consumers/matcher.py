@@ -39,8 +39,8 @@ READ_AHEAD_BELOW_S = IDLE_MS / 5000
 class MatcherSettings:
     """``version_window`` None: every version is welcome (on-policy variants order their own rollouts)."""
 
-    batch_size: int = 64
-    version_window: int | None = 2
+    batch_size: int
+    version_window: int | None
     block_ms: int = 500
 
 

@@ -40,11 +40,11 @@ class MatchSettings:
     Raises ValueError for a value that is out of range.
     """
 
-    candidate_top_k: int = 10
-    maskiou_gate: float = 0.3
-    maskiou_resolution: int = 256
-    fp_cost: float = 1.0
-    fn_cost: float = 1.0
+    candidate_top_k: int
+    maskiou_gate: float
+    maskiou_resolution: int
+    fp_cost: float
+    fn_cost: float
 
     def __post_init__(self) -> None:
         _require_int("candidate_top_k", self.candidate_top_k, low=1, high=1 << 31)

@@ -50,8 +50,8 @@ class MatcherTools:
     coord_vocab: CoordVocabulary
     end_token_id: int
     capacity: int
-    match_settings: MatchSettings = field(default_factory=MatchSettings)
-    transport_settings: TransportSettings = field(default_factory=TransportSettings)
+    match_settings: MatchSettings
+    transport_settings: TransportSettings
     num_token_ids: int | None = None
     image_token_ids: frozenset[int] = frozenset()
     merge_size: int | None = None

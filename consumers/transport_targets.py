@@ -47,10 +47,10 @@ class TransportSettings:
     ``ot_iters``: most Sinkhorn iterations. Raises ValueError for a value that is out of range.
     """
 
-    ot_points: int = 64
-    ot_epsilon: float = 20.0
-    ot_iters: int = 50
-    ot_cost: Cost = "l2_squared"
+    ot_points: int
+    ot_epsilon: float
+    ot_iters: int
+    ot_cost: Cost
 
     def __post_init__(self) -> None:
         for name, low, high in (("ot_points", 3, 1 << 12), ("ot_iters", 1, 1 << 20)):

@@ -27,8 +27,8 @@ from learner.dataset_positions import sample_indices
 class ChannelASettings:
     """``seed`` of the sample order and of every draw; ``ordering`` of the objects in the payload."""
 
-    seed: int = 0
-    effective_batch_size: int = 16
+    seed: int
+    effective_batch_size: int
     ordering: Ordering = "sorted"
     augmentation: AugmentationSettings = AugmentationSettings()
 

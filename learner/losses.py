@@ -33,14 +33,14 @@ class LossSettings:
     """
 
     coord_ids: tuple[int, ...]
-    target_sigma: float = 2.0
-    target_truncate: int | None = None
-    temperature_coord: float = 1.0
-    soft_ce_weight: float = 1.0
-    w1_weight: float = 1.0
-    gate_weight: float = 1.0
-    desc_ce_weight: float = 1.0
-    duplicate_weight: float = 0.0
+    target_sigma: float
+    target_truncate: int | None
+    temperature_coord: float
+    soft_ce_weight: float
+    w1_weight: float
+    gate_weight: float
+    desc_ce_weight: float
+    duplicate_weight: float
     chunk_positions: int = 0
     keeps_non_finite: bool = False
 

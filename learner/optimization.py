@@ -28,17 +28,17 @@ class OptimizationSettings:
     model with one of their own, which follow the same course.
     """
 
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
+    learning_rate: float
+    weight_decay: float
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    max_steps: int = 1000
+    warmup_steps: int
+    schedule: Literal["constant", "cosine", "linear"]
+    max_steps: int
     max_steps_course: tuple[tuple[int, int], ...] = ()
     smallest_fraction: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float
     part_rates: Mapping[Part, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -19,9 +19,9 @@ class EarlyStopSettings:
     without a better one. It is a key of ROLLOUT_MATCHING section 10 without its ``eval_rollout_``.
     """
 
-    metric: str = "f1"
-    target: float | None = None
-    patience: int | None = None
+    metric: str
+    target: float | None
+    patience: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +47,25 @@ class LearnerSettings:
     loss: LossSettings
     optimization: OptimizationSettings
     max_steps: int
-    b_ratio: str = "0"
-    seed: int = 0
-    gradient_accumulation_steps: int = 1
+    b_ratio: str
+    seed: int
+    gradient_accumulation_steps: int
     row_capacity_tokens: int = 2048
-    sync_every_steps: int = 1
-    save_every_steps: int = 50
-    eval_every_steps: int = 0
+    sync_every_steps: int
+    save_every_steps: int
+    eval_every_steps: int
     is_evaluated_by_others: bool = False
-    num_checkpoints_kept: int = 2
+    num_checkpoints_kept: int
     num_policies_kept: int = 4
     is_policy_published: bool = True
-    stall_timeout_s: float = 300.0
+    stall_timeout_s: float
     evaluation_timeout_s: float = 3600.0
-    precision: Precision = "float32"
-    sharding: Sharding = "none"
+    precision: Precision
+    sharding: Sharding
     frozen_parts: tuple[FrozenPart, ...] = ()
     adapter: AdapterSettings | None = None
     publication_dtype: torch.dtype | None = None
     is_checkpointing_activations: bool = False
     num_rollouts_in_step: int | None = None
-    early_stop: EarlyStopSettings = EarlyStopSettings()
+    early_stop: EarlyStopSettings
     run_id: str = ""

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.evaluation_rounds import read_evaluation_state
@@ -56,8 +56,8 @@ class DispatcherSettings:
     capacity_tokens: int
     evaluation: EvaluationSettings | None = None
     start_segments_per_pack: float = 4.0
-    lease: LeaseSettings = field(default_factory=LeaseSettings)
-    job_timeout_s: int = 900
+    lease: LeaseSettings
+    job_timeout_s: int
     poll_s: float = 0.1
 
 

@@ -58,9 +58,9 @@ class HfBackendSettings:
     """
 
     decoding: DecodingSettings
-    decode_batch_size: int = 4
+    decode_batch_size: int
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str
     base: Path | None = None
 
 

@@ -44,9 +44,9 @@ class ProducerSettings:
 
     name: str
     version_window: int
-    lease: LeaseSettings = field(default_factory=LeaseSettings)
+    lease: LeaseSettings
     deadline_s: float = 120.0
-    job_timeout_s: int = 900
+    job_timeout_s: int
 
 
 @dataclass

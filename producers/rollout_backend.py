@@ -19,10 +19,10 @@ class DecodingSettings:
     """Sampling. ``temperature`` 0 is greedy; ``top_k`` -1 and ``top_p`` 1 are off."""
 
     max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = -1
-    repetition_penalty: float = 1.0
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
 
     def for_purpose(self, purpose: Purpose) -> DecodingSettings:
         """Return how rollouts of a purpose are sampled: greedily to evaluate."""

@@ -37,7 +37,7 @@ class VllmBackendSettings:
 
     decoding: DecodingSettings
     retry: RetrySettings
-    decode_batch_size: int = 4
+    decode_batch_size: int
 
 
 class VllmBackend:

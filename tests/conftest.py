@@ -95,6 +95,11 @@ def broker(request: pytest.FixtureRequest, run_name: str) -> Iterator[Broker]:
     fake.close()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: "/e2e/" not in item.nodeid)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how long each group of tests took, set-up and tear-down included."""
     seconds: dict[str, float] = defaultdict(float)

@@ -39,8 +39,8 @@ class ClaimSettings:
 
     world_size: int
     packs_per_rank: int = 1
-    version_window: int = 2
-    mode: ClaimMode = "fallback"
+    version_window: int
+    mode: ClaimMode
     num_rollouts: int = 0
     archived_only: bool = False
     processor_fingerprint: str = ""

@@ -70,7 +70,7 @@ class LeaseSettings:
     """``lease_ms`` without a sign of life of its worker, ``max_attempts`` before a request is given up."""
 
     lease_ms: int = 30_000
-    max_attempts: int = 5
+    max_attempts: int
 
 
 def read_cursor(broker: Broker, key: CursorKey = "dispatch") -> int:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from broker_schemas.method.payload import render_payload
 from broker_schemas.records.records import GroundTruthObject, SegmentRecord
+from configs.rollout_sections import RolloutMatchingSection
 from consumers.matching import match_objects
 from consumers.parsing import ParsedRollout, parse_rollout
 from consumers.record_matching import MatcherTools
@@ -26,6 +27,7 @@ from consumers.segments import build_segment
 from consumers.transport_targets import targets_of_pairs
 from rollstream.bench.references.matching import reference_pairs, reference_target
 from rollstream.models.tiny_tokenizer import make_tiny_tokenizer
+from rollstream.wiring.match import match_settings, transport_settings
 
 T = TypeVar("T")
 Geometry = Literal["bbox_2d", "poly"]
@@ -132,7 +134,13 @@ def run_matching_bench(seed: int = 0, quick: bool = False) -> MatchingBenchRepor
     Everything but the times is determined by the seed.
     """
     tokenizer = make_tiny_tokenizer(seed, num_payloads=400).backend_tokenizer
-    tools = MatcherTools.for_tokenizer(tokenizer, capacity=1 << 20)
+    method = RolloutMatchingSection()
+    tools = MatcherTools.for_tokenizer(
+        tokenizer,
+        capacity=1 << 20,
+        match_settings=match_settings(method),
+        transport_settings=transport_settings(method),
+    )
     num_rollouts = 2 if quick else 40
     rows = [
         _measure(sample_rollouts(geometry, num_objects, num_rollouts, tools, seed), geometry, tools)

@@ -137,7 +137,9 @@ def _ranks_row(url: str, rollouts: Sequence[EncodedRollout], num_clients: int) -
     packs_per_rank = len(rollouts) // (SEGMENTS_IN_PACK * num_clients)
     for first in range(0, len(rollouts), 512):
         push_match_and_pack(run, rollouts[first : first + 512], num_clients)
-    settings = ClaimSettings(world_size=num_clients, packs_per_rank=packs_per_rank)
+    settings = ClaimSettings(
+        world_size=num_clients, packs_per_rank=packs_per_rank, version_window=2, mode="fallback"
+    )
     doors = [LearnerDoor(open_run_named(url, run.keys.run), settings) for _ in range(num_clients)]
     told: list[StepClaim] = []
     claimed = threading.Barrier(num_clients)

@@ -301,7 +301,9 @@ def _match_and_pack(broker: Broker, rollouts: Sequence[SegmentRecord], load: Loa
 
 def _learn(broker: Broker, rollouts: Sequence[SegmentRecord], load: Load) -> None:
     num_steps = load.num_records // (SEGMENTS_IN_PACK * PACKS_IN_STEP)
-    door = LearnerDoor(broker, ClaimSettings(world_size=1, packs_per_rank=PACKS_IN_STEP, mode="wait"))
+    door = LearnerDoor(
+        broker, ClaimSettings(world_size=1, packs_per_rank=PACKS_IN_STEP, mode="wait", version_window=2)
+    )
     for step in range(num_steps):
         while (claim := door.claim_step(optimizer_step=step, scheduled_kind="B", policy_version=0)) is None:
             time.sleep(0.002)

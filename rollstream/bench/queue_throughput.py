@@ -162,7 +162,9 @@ def measure_transitions(url: str, rng: random.Random, *, num_records: int) -> tu
     rollouts = make_rollouts(rng, num_records, num_tokens=1_950)
     broker = open_run(url, "parts")
     matcher, packer = MatcherDoor(broker, "m-0"), PackerDoor(broker)
-    learner = LearnerDoor(broker, ClaimSettings(world_size=1, packs_per_rank=SEGMENTS_IN_PACK, mode="wait"))
+    learner = LearnerDoor(
+        broker, ClaimSettings(world_size=1, packs_per_rank=SEGMENTS_IN_PACK, mode="wait", version_window=2)
+    )
     firsts, steps = range(0, num_records, 64), range(num_records // (SEGMENTS_IN_PACK * SEGMENTS_IN_PACK))
     read: list[list[RawEntry]] = []
     held: list[list[PendingDescriptor]] = []
@@ -272,7 +274,9 @@ def _planned(members: Sequence[PendingDescriptor], rank: int) -> PlannedPack:
 def train(broker: Broker, optimizer_step: int) -> None:
     """Claim whatever is ready, fetch it, commit and settle the step."""
     depth = PackerDoor(broker).ready_depths(1)[0]
-    learner = LearnerDoor(broker, ClaimSettings(world_size=1, packs_per_rank=depth))
+    learner = LearnerDoor(
+        broker, ClaimSettings(world_size=1, packs_per_rank=depth, version_window=2, mode="fallback")
+    )
     claim = learner.claim_step(optimizer_step=optimizer_step, scheduled_kind="B", policy_version=0)
     assert claim is not None, "in mode fallback every claim is decided"
     learner.fetch_segments(claim.record_ids)

@@ -102,7 +102,9 @@ def run_rollout_bench(*, seed: int, quick: bool) -> RolloutBench:
         raise ConfigError(
             "bench rollout: no vLLM, expected an environment with it; run scripts/install_vllm.sh"
         )
-    decoding = DecodingSettings(max_new_tokens=32 if quick else 96)
+    decoding = DecodingSettings(
+        max_new_tokens=32 if quick else 96, temperature=0.0, top_p=1.0, top_k=-1, repetition_penalty=1.0
+    )
     names = ["tiny"] if quick else list(SIZES)
     rates: dict[str, dict[int, float]] = {}
     syncs = []
@@ -181,7 +183,11 @@ def _time_backends(
     )
     rates: dict[str, dict[int, float]] = {"hf": {}, "vllm": {}}
     for batch_size in batch_sizes:
-        hf = HfBackend(prompts, images, HfBackendSettings(decoding=decoding, decode_batch_size=batch_size))
+        hf = HfBackend(
+            prompts,
+            images,
+            HfBackendSettings(decoding=decoding, decode_batch_size=batch_size, dtype="float32"),
+        )
         rates["hf"][batch_size] = _rate(hf, published, samples)
         vllm = VllmBackend(
             prompts,

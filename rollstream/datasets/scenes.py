@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -103,13 +104,22 @@ def _check_arguments(num_train: int, num_val: int, image_size: int, polygon_shar
 
 def split_shapes(seed: int) -> tuple[list[DigitShape], list[DigitShape]]:
     """Return the shapes of all scans, those for train and those for validation."""
+    scans = _scanned_shapes()
+    order = np.random.default_rng([seed, len(SPLITS)]).permutation(len(scans))
+    num_validation = round(VALIDATION_SHARE * len(order))
+    shapes = [scans[index] for index in order]
+    return shapes[num_validation:], shapes[:num_validation]
+
+
+@cache
+def _scanned_shapes() -> tuple[DigitShape, ...]:
+    """Outlines take seconds, so they are drawn once a process."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = np.random.default_rng([seed, len(SPLITS)]).permutation(len(digits.images))
-    num_validation = round(VALIDATION_SHARE * len(order))
-    shapes = [digit_shape(digits.images[index], int(digits.target[index])) for index in order]
-    return shapes[num_validation:], shapes[:num_validation]
+    return tuple(
+        digit_shape(ink, int(digit)) for ink, digit in zip(digits.images, digits.target, strict=True)
+    )
 
 
 def _write_scene(

@@ -77,7 +77,10 @@ class Evaluator:
         try:
             device = str(next(model.parameters()).device)
             settings = HfBackendSettings(
-                decoding=self._decoding, decode_batch_size=EVALUATION_BATCH, device=device
+                decoding=self._decoding,
+                decode_batch_size=EVALUATION_BATCH,
+                device=device,
+                dtype=self._config.rollout_dtype,
             )
             backend = HfBackend(self._prompts, self._images, settings, model)
             results: list[dict[str, Any]] = []

@@ -18,6 +18,16 @@ from learner.sharding import Precision
 from learner.train_step import run_micro_steps
 from learner.trained_weights import TrainedWeights
 
+# what a step costs depends on none of these
+PRACTICE_OPTIMIZATION = OptimizationSettings(
+    learning_rate=1e-4,
+    weight_decay=0.0,
+    warmup_steps=0,
+    schedule="constant",
+    max_steps=1000,
+    max_grad_norm=1.0,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PracticeSettings:
@@ -35,7 +45,16 @@ class PracticeSettings:
     def losses(self) -> LossSettings:
         first = self.first_coordinate_id
         return LossSettings(
-            coord_ids=tuple(range(first, first + 1000)), chunk_positions=self.loss_chunk_positions
+            coord_ids=tuple(range(first, first + 1000)),
+            target_sigma=2.0,
+            target_truncate=None,
+            temperature_coord=1.0,
+            soft_ce_weight=1.0,
+            w1_weight=1.0,
+            gate_weight=1.0,
+            desc_ce_weight=1.0,
+            duplicate_weight=0.0,
+            chunk_positions=self.loss_chunk_positions,
         )
 
 
@@ -55,7 +74,7 @@ class PracticeLearner:
             plan = adapt_model(self.model, settings.adapter, settings.frozen, seed=0)
         self._row_loss = RowLoss(self.model)
         self.trained = TrainedWeights(self.model, settings.precision, plan)
-        self.optimizer = build_optimizer(self.trained.parameters.items(), OptimizationSettings())
+        self.optimizer = build_optimizer(self.trained.parameters.items(), PRACTICE_OPTIMIZATION)
 
     def backward(self, rows: Sequence[PackedRow]) -> float:
         """Add the gradients of ``rows`` up and return their loss."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, broker_errors
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.lease import holding
 from broker_schemas.errors import ConfigError
 from broker_schemas.records.packs import Untrainable
@@ -20,6 +20,7 @@ from rollstream.run_folder import RunFolder
 from rollstream.run_lock import StackLock
 from rollstream.stack.embedded_redis import EmbeddedRedis
 from rollstream.wiring import access
+from rollstream.wiring.learn import claim_settings
 
 
 def quarantine_record(path: Path, record_id: str, *, detail: str) -> int:
@@ -33,7 +34,7 @@ def quarantine_record(path: Path, record_id: str, *, detail: str) -> int:
     with _broker_of(folder, config) as broker, holding(broker, "learner", on_loss=lambda: None) as (held, _):
         optimizer_step = _claim_with(held, record_id)
         item = Untrainable(record_id=record_id, reason="quarantined_by_hand", detail=detail)
-        door = LearnerDoor(held, ClaimSettings(world_size=config.learner_world_size))
+        door = LearnerDoor(held, claim_settings(config))
         door.quarantine(optimizer_step=optimizer_step, segments=[item])
         if folder.archive_dir.exists():
             _bring_archive_up_to_date(broker, folder)

@@ -10,12 +10,34 @@ from broker_schemas.broker.matcher_door import MatcherDoor
 from broker_schemas.method.image_check import ImageCheck
 from broker_schemas.method.image_grid import ImageGrid
 from configs import RunConfig
+from configs.rollout_sections import RolloutMatchingSection
 from consumers.matcher import FailureDump, Matcher, MatcherSettings
 from consumers.matching import MatchSettings
 from consumers.metrics import MatcherMetrics
 from consumers.record_matching import MatcherTools
 from consumers.transport_targets import TransportSettings
 from rollstream.wiring import access
+
+
+def match_settings(method: RolloutMatchingSection) -> MatchSettings:
+    """Return how predictions are matched."""
+    return MatchSettings(
+        candidate_top_k=method.candidate_top_k,
+        maskiou_gate=method.maskiou_gate,
+        maskiou_resolution=method.maskiou_resolution,
+        fp_cost=method.fp_cost,
+        fn_cost=method.fn_cost,
+    )
+
+
+def transport_settings(method: RolloutMatchingSection) -> TransportSettings:
+    """Return how boundaries are transported."""
+    return TransportSettings(
+        ot_points=method.ot_points,
+        ot_cost=method.ot_cost,
+        ot_epsilon=method.ot_epsilon,
+        ot_iters=method.ot_iters,
+    )
 
 
 def matcher_tools(config: RunConfig, folder: Path) -> MatcherTools:
@@ -25,19 +47,8 @@ def matcher_tools(config: RunConfig, folder: Path) -> MatcherTools:
     return MatcherTools.for_tokenizer(
         prompts.tokenizer,
         capacity=config.training.global_max_length,
-        match_settings=MatchSettings(
-            candidate_top_k=method.candidate_top_k,
-            maskiou_gate=method.maskiou_gate,
-            maskiou_resolution=method.maskiou_resolution,
-            fp_cost=method.fp_cost,
-            fn_cost=method.fn_cost,
-        ),
-        transport_settings=TransportSettings(
-            ot_points=method.ot_points,
-            ot_cost=method.ot_cost,
-            ot_epsilon=method.ot_epsilon,
-            ot_iters=method.ot_iters,
-        ),
+        match_settings=match_settings(method),
+        transport_settings=transport_settings(method),
         image_token_ids=frozenset({prompts.image_token_id}),
         merge_size=prompts.merge_size,
     )

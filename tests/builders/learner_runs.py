@@ -14,10 +14,8 @@ from learner.attention import choose_attention, use_attention
 from learner.checkpoint_writing import CheckpointPlace, CheckpointWriter
 from learner.checkpoints import PREFIX, TrainerState
 from learner.distributed import Ranks
-from learner.losses import LossSettings
 from learner.metrics import LearnerMetrics
 from learner.milestones import LearnerParts
-from learner.optimization import OptimizationSettings
 from learner.packed_forward import position_rule_of
 from learner.ports import PixelSource
 from learner.settings import LearnerSettings
@@ -28,6 +26,7 @@ from learner.trained_weights import TrainedWeights
 from learner.training_log import TrainingLog
 from tests.builders.learner_fakes import FakeBroker, FakeGroundTruth, FakePixels
 from tests.builders.learners import COLLATION, COORD_IDS, tiny_model
+from tests.builders.settings import learner_settings, loss_settings, optimization_settings
 
 NUM_STEPS = 6
 
@@ -40,8 +39,8 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
         "checkpoints_dir": folder / name / "checkpoints",
         "policy_dir": folder / name / "policy",
         "companions": companions,
-        "loss": LossSettings(coord_ids=COORD_IDS),
-        "optimization": OptimizationSettings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
+        "loss": loss_settings(coord_ids=COORD_IDS),
+        "optimization": optimization_settings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
         "max_steps": NUM_STEPS,
         "b_ratio": "0.5",
         "row_capacity_tokens": 64,
@@ -51,7 +50,7 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
         "num_policies_kept": 10,
         "stall_timeout_s": 60.0,
     }
-    return LearnerSettings(**{**fields, **changes})
+    return learner_settings(**{**fields, **changes})
 
 
 def run_one(

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from broker_schemas.method.payload import render_payload
 from broker_schemas.records.records import GroundTruthObject, ImageReference, SegmentRecord
 from consumers.record_matching import MatcherTools
+from tests.builders.settings import method_settings
 from tests.builders.tokenizers import encode, make_box, plain_tokenizer
 
 IMAGE = ImageReference(path="images/1.png", width=640, height=480, grid_thw=(1, 16, 12))
@@ -55,4 +56,6 @@ def make_tools(capacity: int = 4096) -> MatcherTools:
     """Return what the records above are matched with."""
     tokenizer = plain_tokenizer()
     pixels = frozenset({tokenizer.token_to_id("<|image_pad|>") or 0})
-    return MatcherTools.for_tokenizer(tokenizer, capacity=capacity, image_token_ids=pixels)
+    return MatcherTools.for_tokenizer(
+        tokenizer, capacity=capacity, image_token_ids=pixels, **method_settings()
+    )

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from broker_schemas.broker.broker import Broker
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.packer_door import PendingDescriptor, PlannedPack
 from broker_schemas.errors import RunStopped
 from broker_schemas.records.packs import ReadyPack, Untrainable
 from broker_schemas.records.records import MatchedSegment
 from tests.builders.records import a_segment
+from tests.builders.settings import claim_settings
 from tests.contract.queue_model import WORLD_SIZE, ModelPack, QueueModel
 
 # how often each command comes, so that rollouts get as far as being trained and settled
@@ -95,7 +96,7 @@ def quarantine_some(rng: random.Random, broker: Broker, model: QueueModel) -> No
     chosen = rng.sample(known, min(len(known), rng.randint(0, 2))) + ["nobody"] * (rng.random() < 0.1)
     chosen += chosen[: rng.choice([0, 0, 1])]
     segments = [Untrainable(record_id=n, reason="quarantined_image", detail="gone") for n in chosen]
-    door = LearnerDoor(broker, ClaimSettings(world_size=WORLD_SIZE))
+    door = LearnerDoor(broker, claim_settings(world_size=WORLD_SIZE))
     if model.quarantine(step, chosen) or not chosen:
         door.quarantine(optimizer_step=step, segments=segments)
     else:

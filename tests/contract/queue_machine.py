@@ -16,12 +16,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.broker.packer_door import PackCommit, PackerDoor, PendingDescriptor
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.rollout_requests import (
-    LeaseSettings,
     RolloutRequest,
     fail_request,
     issue_requests,
@@ -34,6 +33,7 @@ from broker_schemas.errors import BrokerFull, RunStopped
 from broker_schemas.records.freshness import oldest_allowed
 from broker_schemas.records.ledger import Ledger
 from tests.builders.records import a_rollout
+from tests.builders.settings import claim_settings, lease_settings
 from tests.contract.live_state import check_samples, check_sums, read_live_state
 from tests.contract.queue_hands import (
     WEIGHTED,
@@ -50,7 +50,7 @@ from tests.contract.queue_hands import (
 from tests.contract.queue_model import WORLD_SIZE, ModelPack, QueueModel
 
 MATCHERS, PACKERS = ("m-0", "m-1"), ("p-0", "p-1")
-OVER, FRESH = LeaseSettings(lease_ms=-1, max_attempts=3), LeaseSettings(lease_ms=600_000, max_attempts=3)
+OVER, FRESH = lease_settings(lease_ms=-1, max_attempts=3), lease_settings(lease_ms=600_000, max_attempts=3)
 LARGEST_BODY = 1_000
 
 
@@ -311,7 +311,7 @@ class QueueMachine(RuleBasedStateMachine):
         mode: Any = rng.choice(["fallback", "wait", "wait", "wait", "sealed"])
         packs_per_rank = rng.choice([1, 1, 2])
         step = model.next_step if rng.random() < 0.8 else rng.randint(0, model.next_step)
-        settings_now = ClaimSettings(
+        settings_now = claim_settings(
             world_size=WORLD_SIZE,
             packs_per_rank=packs_per_rank,
             version_window=rng.choice([0, 2, 6, 6]),
@@ -341,13 +341,13 @@ class QueueMachine(RuleBasedStateMachine):
             self.fetch(answer.record_ids)
 
     def fetch(self, record_ids: tuple[str, ...]) -> None:
-        found = LearnerDoor(self.broker, ClaimSettings(world_size=WORLD_SIZE)).fetch_segments(record_ids)
+        found = LearnerDoor(self.broker, claim_settings(world_size=WORLD_SIZE)).fetch_segments(record_ids)
         assert [segment.record_id for segment in found] == list(record_ids)
 
     def commit_step(self, rng: random.Random) -> None:
         waiting = [step for step, claim in self.model.claims.items() if not claim.is_committed]
         step = rng.choice([*waiting, rng.randint(0, self.model.next_step)])
-        LearnerDoor(self.broker, ClaimSettings(world_size=WORLD_SIZE)).commit_step(
+        LearnerDoor(self.broker, claim_settings(world_size=WORLD_SIZE)).commit_step(
             optimizer_step=step, summary={"loss": 1.0}
         )
         self.model.commit(step)
@@ -357,7 +357,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def settle(self, rng: random.Random) -> None:
         num_steps = self.model.settled_steps + rng.randint(-1, 2)
-        LearnerDoor(self.broker, ClaimSettings(world_size=WORLD_SIZE)).settle_checkpoint(
+        LearnerDoor(self.broker, claim_settings(world_size=WORLD_SIZE)).settle_checkpoint(
             optimizer_step=num_steps
         )
         self.model.settle(num_steps)

@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.policy import PublishedPolicy, publish_policy
 from broker_schemas.broker.rollout_requests import (
-    LeaseSettings,
     RolloutRequest,
     issue_requests,
     reissue_expired,
@@ -23,9 +22,10 @@ from broker_schemas.client import SegmentSink
 from broker_schemas.errors import DataError, ServerUnavailable
 from producers.metrics import ProducerMetrics
 from producers.patience import FailureBrake, Patience
-from producers.producer import Producer, ProducerSettings
+from producers.producer import Producer
+from tests.builders.settings import lease_settings, producer_settings
 
-OVER = LeaseSettings(lease_ms=-1, max_attempts=2)
+OVER = lease_settings(lease_ms=-1, max_attempts=2)
 
 
 class Backend:
@@ -71,7 +71,7 @@ def a_producer(broker: Broker, backend: Backend, *, version_window: int = 2) -> 
         backend=backend,  # type: ignore[arg-type]
         datasets={"train": [None] * 99},  # type: ignore[list-item]
         metrics=ProducerMetrics(CollectorRegistry()),
-        settings=ProducerSettings(name="p", version_window=version_window, lease=OVER, deadline_s=0.01),
+        settings=producer_settings(name="p", version_window=version_window, lease=OVER, deadline_s=0.01),
     )
 
 

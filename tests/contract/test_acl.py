@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from broker_schemas.broker.broker import Broker, Fence
 from broker_schemas.broker.connection import BrokerAddress
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.lease import Lease, SoleRole
 from broker_schemas.broker.matcher_door import MatcherDoor
 from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
 from broker_schemas.broker.policy import publish_policy, read_policy
-from broker_schemas.broker.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
+from broker_schemas.broker.rollout_requests import RolloutRequest, renew_lease
 from broker_schemas.broker.run_identity import adopt_run, read_deciding
 from broker_schemas.broker.script_library import script_source
 from broker_schemas.broker.status import read_status
@@ -34,7 +34,7 @@ from broker_schemas.records.identity import RunIdentity
 from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.rollout_servers.server_lock import server_locks
 from producers import jobs
-from producers.dispatcher import Dispatcher, DispatcherSettings
+from producers.dispatcher import Dispatcher
 from producers.jobs import RolloutJob, RolloutWorker, failed_requests, rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.acl import GRANTS, ROLES, Role, acl_file, acl_rules, user_name
@@ -46,6 +46,7 @@ from rollstream.history.gc import collect
 from rollstream.watch.exporter import ExporterSettings, RunCollector
 from tests.builders.configs import PROJECT_ROOT
 from tests.builders.records import a_rollout
+from tests.builders.settings import claim_settings, dispatcher_settings, lease_settings
 from tests.conftest import redis_server_program
 from tests.contract.test_transitions import match_all
 from tests.redis_servers import program_or_skip, running_server
@@ -123,7 +124,7 @@ def produce(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Producer:
         def run(self, request: RolloutRequest) -> list[str]:
-            assert renew_lease(broker, request.request_id, LeaseSettings())
+            assert renew_lease(broker, request.request_id, lease_settings())
             assert read_policy(broker) is not None
             with server_locks(broker, wait_s=5)("http://127.0.0.1:1"):
                 records = [a_rollout(name, request_id=request.request_id) for name in request.record_ids]
@@ -155,7 +156,7 @@ def dispatcher_of(broker: Broker) -> Dispatcher:
         broker,
         rollout_queue(broker.client, broker.keys.rollout_queue),
         DispatcherMetrics(CollectorRegistry()),
-        DispatcherSettings(
+        dispatcher_settings(
             world_size=1, num_samples=8, seed=1, request_size=2, demand=None, capacity_tokens=64
         ),
     )
@@ -198,7 +199,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     """Given one user a role, when one step goes round from its opening to its archive."""
     learner = LearnerDoor(
         brokers["learner"],
-        ClaimSettings(world_size=1, mode="sealed", num_rollouts=4, archived_only=True),
+        claim_settings(world_size=1, mode="sealed", num_rollouts=4, archived_only=True),
     )
     learner.publish_policy(policy_version=0, optimizer_step=0, weights_path="/w")
     assert learner.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0) is None
@@ -214,7 +215,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     pack_all_but_one(brokers["packer"])
     assert read_policy(brokers["packer"]) is not None
 
-    in_order = LearnerDoor(brokers["learner"], ClaimSettings(world_size=1, packs_per_rank=3))
+    in_order = LearnerDoor(brokers["learner"], claim_settings(world_size=1, packs_per_rank=3))
     coming = packs_to_come(learner)
     assert coming == packs_to_come(in_order)
     assert coming == take_step(learner).packs[0]

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.rollout_requests import read_cursor
 from broker_schemas.broker.status import read_status
@@ -19,12 +19,13 @@ from broker_schemas.records.events import LogEvent
 from producers.asked_again import StaleRollout, stale_rollouts
 from producers.broken_jobs import BrokenJobs
 from producers.demand import DemandSettings
-from producers.dispatcher import Dispatcher, DispatcherSettings
+from producers.dispatcher import Dispatcher
 from producers.jobs import rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.bench.queue_throughput import push_match_and_pack
 from rollstream.history.gc import collect
 from tests.builders.records import a_rollout
+from tests.builders.settings import claim_settings, dispatcher_settings
 
 NUM_SAMPLES, SEED = 50, 3
 DEMAND = DemandSettings(
@@ -47,7 +48,7 @@ def broker(real_broker: Broker) -> Iterator[Broker]:
 def a_dispatcher(broker: Broker) -> tuple[Dispatcher, CollectorRegistry]:
     registry = CollectorRegistry()
     metrics = DispatcherMetrics(registry)
-    settings = DispatcherSettings(
+    settings = dispatcher_settings(
         world_size=1,
         num_samples=NUM_SAMPLES,
         seed=SEED,
@@ -70,7 +71,7 @@ def make_stale(broker: Broker, policy_version: int) -> None:
     names = [name for names in requested(broker).values() for name in names]
     push_match_and_pack(broker, [a_rollout(name, request_id=name.rpartition(".")[0]) for name in names])
     publish_policy(broker, policy_version=policy_version, optimizer_step=policy_version, weights_path="w")
-    door = LearnerDoor(broker, ClaimSettings(world_size=1, version_window=2))
+    door = LearnerDoor(broker, claim_settings(world_size=1, version_window=2))
     door.claim_step(optimizer_step=policy_version, scheduled_kind="A", policy_version=policy_version)
 
 

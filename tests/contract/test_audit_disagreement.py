@@ -11,7 +11,7 @@ import pytest
 import typer.testing
 
 from broker_schemas.broker.broker import Broker
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from rollstream.bench.queue_throughput import make_rollouts, push_match_and_pack
 from rollstream.commands.program import app
 from rollstream.history.archive import ArchiveWriter
@@ -19,6 +19,7 @@ from rollstream.history.archive_reading import EVENTS_FILE, PAYLOADS_FILE
 from rollstream.history.auditing import audit_run
 from rollstream.history.frames import Frame, encode_frame, scan_frames
 from rollstream.run_folder import RunFolder
+from tests.builders.settings import claim_settings
 
 NUM_STEPS = 6
 
@@ -27,7 +28,7 @@ NUM_STEPS = 6
 def run(tmp_path: Path, real_broker: Broker, redis_url: str, run_name: str) -> RunFolder:
     """A run of some steps with its archive, its training log and a checkpoint; its broker is running."""
     folder = RunFolder(tmp_path / run_name)
-    learner = LearnerDoor(real_broker, ClaimSettings(world_size=1, mode="wait", archived_only=True))
+    learner = LearnerDoor(real_broker, claim_settings(world_size=1, mode="wait", archived_only=True))
     folder.path.mkdir()
     archive = ArchiveWriter(real_broker, folder.archive_dir)
     rows = []

@@ -16,11 +16,12 @@ from broker_schemas.broker.payloads import fetch_segments
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink, SinkSettings, segment_line
 from broker_schemas.errors import BodyMissing, BrokerError, BrokerFull, BrokerUnavailable
-from consumers.matcher import Matcher, MatcherSettings
+from consumers.matcher import Matcher
 from consumers.metrics import MatcherMetrics
 from rollstream.history.audit import take_audit
 from tests.builders.records import a_rollout, a_segment
 from tests.builders.rollouts import make_rollout, make_tools
+from tests.builders.settings import matcher_settings
 from tests.contract.test_transitions import a_learner, match_all, pack_all, push, ready_packs
 
 
@@ -158,7 +159,7 @@ def test_a_body_that_is_gone_rejects_its_rollout_by_that_name(broker: Broker) ->
         MatcherDoor(broker, "m-0"),
         make_tools(),
         MatcherMetrics(CollectorRegistry()),
-        MatcherSettings(block_ms=1, version_window=None),
+        matcher_settings(block_ms=1, version_window=None),
     )
     assert matcher.step(0.0) == 2
     status = read_status(broker, 1)

@@ -12,14 +12,15 @@ from rq.serializers import JSONSerializer
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.policy import publish_policy
-from broker_schemas.broker.rollout_requests import LeaseSettings, RolloutRequest, renew_lease
+from broker_schemas.broker.rollout_requests import RolloutRequest, renew_lease
 from broker_schemas.broker.status import read_status
 from producers import jobs
 from producers.broken_jobs import BrokenJobs
-from producers.dispatcher import Dispatcher, DispatcherSettings
+from producers.dispatcher import Dispatcher
 from producers.jobs import RolloutJob, RolloutQueue, RolloutWorker, enqueue_request, rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.history.gc import collect
+from tests.builders.settings import dispatcher_settings, lease_settings
 from tests.contract.test_rollout_jobs import FakeProducer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -69,14 +70,14 @@ def work(queue: RolloutQueue, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def a_dispatcher(broker: Broker, queue: RolloutQueue, *, lease_ms: int, max_attempts: int = 5) -> Dispatcher:
-    settings = DispatcherSettings(
+    settings = dispatcher_settings(
         world_size=1,
         num_samples=8,
         seed=0,
         request_size=1,
         demand=None,
         capacity_tokens=100,
-        lease=LeaseSettings(lease_ms=lease_ms, max_attempts=max_attempts),
+        lease=lease_settings(lease_ms=lease_ms, max_attempts=max_attempts),
     )
     return Dispatcher(broker, queue, DispatcherMetrics(CollectorRegistry()), settings)
 
@@ -202,7 +203,7 @@ def test_a_worker_that_lets_go_without_a_word_costs_an_attempt(broker: Broker, q
     dispatcher.step(10.0)
     name = f"{broker.keys.run}-{0:08d}"
     for moment in (20.0, 30.0):
-        assert renew_lease(broker, name, LeaseSettings(lease_ms=-1))
+        assert renew_lease(broker, name, lease_settings(lease_ms=-1))
         dispatcher.step(moment)
     assert read_status(broker, 1).by_reason("rejected") == {"abandoned": 1}
 

@@ -13,7 +13,7 @@ import pytest
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerError, RunStopped
@@ -24,6 +24,7 @@ from rollstream.history.audit import Audit, WholeLog, take_audit
 from rollstream.history.audit_view import render_audit
 from rollstream.stack.embedded_redis import Durability, EmbeddedRedis
 from tests.builders.rollouts import make_rollout
+from tests.builders.settings import claim_settings
 
 LOG_FILE = "appendonly.aof"
 
@@ -75,7 +76,7 @@ def fill(broker: Broker, num: int, prefix: str) -> None:
 
 
 def a_learner(broker: Broker) -> LearnerDoor:
-    return LearnerDoor(broker, ClaimSettings(world_size=1, mode="wait"))
+    return LearnerDoor(broker, claim_settings(world_size=1, mode="wait"))
 
 
 def train(learner: LearnerDoor, optimizer_step: int) -> tuple[str, ...]:

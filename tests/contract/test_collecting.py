@@ -10,19 +10,20 @@ import pytest
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress
-from broker_schemas.broker.rollout_requests import LeaseSettings, issue_requests
+from broker_schemas.broker.rollout_requests import issue_requests
 from broker_schemas.errors import ConfigError
 from producers.jobs import enqueue_request, rollout_queue
 from rollstream.bench.queue_throughput import make_rollouts, measure_memory, push_match_and_pack, train
 from rollstream.history.gc import collect, collect_run
 from rollstream.run_lock import StackLock
 from tests.builders.configs import make_mapping, write_file
+from tests.builders.settings import lease_settings
 from tests.contract.test_transitions import a_request, push
 
 
 def fill(broker: Broker) -> None:
     """Leave something of every kind: requests, RQ jobs, streams, payloads, packs, a claim, dead letters."""
-    issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=LeaseSettings())
+    issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=lease_settings())
     queue = rollout_queue(broker.client, broker.keys.rollout_queue)
     enqueue_request(queue, a_request(), attempt=1, job_timeout_s=60)
     enqueue_request(queue, a_request(2), attempt=2, job_timeout_s=60)

@@ -18,11 +18,12 @@ from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink, segment_line
 from broker_schemas.records import codec
 from broker_schemas.records.packs import ReadyPack
-from consumers.matcher import Matcher, MatcherSettings
+from consumers.matcher import Matcher
 from consumers.metrics import MatcherMetrics
 from rollstream.history.audit import take_audit
 from tests.builders.records import a_segment
 from tests.builders.rollouts import make_rollout, make_tools
+from tests.builders.settings import matcher_settings
 from tests.contract.test_transitions import a_learner, pack_all
 
 SCRIPTS: Final = Path(__file__).resolve().parents[1] / "golden" / "scripts-1"
@@ -80,7 +81,7 @@ def pack_old(broker: Broker, policy_version: int = 0) -> None:
 
 
 def a_matcher(broker: Broker) -> Matcher:
-    settings = MatcherSettings(block_ms=1, version_window=None)
+    settings = matcher_settings(block_ms=1, version_window=None)
     return Matcher(MatcherDoor(broker, "m-0"), make_tools(), MatcherMetrics(CollectorRegistry()), settings)
 
 

@@ -18,7 +18,7 @@ from broker_schemas.broker.evaluation_rounds import (
 from broker_schemas.broker.event_log import read_events
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict, RawEntry
 from broker_schemas.broker.policy import publish_policy
-from broker_schemas.broker.rollout_requests import LeaseSettings, fail_request, issue_requests
+from broker_schemas.broker.rollout_requests import fail_request, issue_requests
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
 from broker_schemas.records import codec
@@ -26,19 +26,20 @@ from broker_schemas.records.evaluation_state import EvaluationNumbers, Evaluatio
 from broker_schemas.records.records import SegmentRecord
 from consumers.evaluation_result import evaluate_rollout
 from consumers.evaluator import Evaluator, EvaluatorOutlets, EvaluatorSettings
-from consumers.matching import MatchSettings, match_objects
+from consumers.matching import match_objects
 from consumers.metrics import EvaluatorMetrics
 from consumers.parsing import ParsedObject, ParsedRollout
 from producers.evaluation_demand import EvaluationSettings, next_chunk
 from rollstream.history.audit import take_audit
 from tests.builders.records import a_rollout
+from tests.builders.settings import lease_settings, match_settings
 
 NUM_SAMPLES = 6
 SETTINGS = EvaluationSettings(
     num_samples=NUM_SAMPLES, chunk_size=4, eval_every_steps=8, sync_every_steps=4, max_steps=100
 )
-LEASE = LeaseSettings(lease_ms=60_000, max_attempts=2)
-GATE = MatchSettings(candidate_top_k=10, maskiou_gate=0.3, maskiou_resolution=256, fp_cost=1.0, fn_cost=1.0)
+LEASE = lease_settings(lease_ms=60_000, max_attempts=2)
+GATE = match_settings(candidate_top_k=10, maskiou_gate=0.3, maskiou_resolution=256, fp_cost=1.0, fn_cost=1.0)
 
 
 def ask(broker: Broker, policy_version: int) -> list[str]:

@@ -8,10 +8,11 @@ from prometheus_client import CollectorRegistry
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, open_redis
 from broker_schemas.broker.keys import RunKeys
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.matcher_door import MatcherDoor
 from broker_schemas.broker.policy import publish_policy
 from rollstream.watch.exporter import ExporterSettings, RunCollector
+from tests.builders.settings import claim_settings
 from tests.contract.test_transitions import match_all, pack_all, push
 
 SETTINGS = ExporterSettings(world_size=2, version_window=2, budget_bytes=1 << 20, max_steps=1, b_ratio=0.5)
@@ -105,7 +106,7 @@ def test_lag_is_told_when_generated_when_packed_and_when_claimed(broker: Broker)
     publish(broker, 5)
     pack_all(broker, [0])
     publish(broker, 6)
-    door = LearnerDoor(broker, ClaimSettings(world_size=1, version_window=9))
+    door = LearnerDoor(broker, claim_settings(world_size=1, version_window=9))
     assert door.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=6) is not None
     # then
     for stage, lag in {"generated": 1, "packed": 2, "claimed": 3}.items():
@@ -124,7 +125,7 @@ def test_no_rank_is_expected_once_all_steps_are_committed(broker: Broker) -> Non
     registry = exporter(broker)
     assert value(registry, "expected_ranks") == 2
     # when
-    door = LearnerDoor(broker, ClaimSettings(world_size=2))
+    door = LearnerDoor(broker, claim_settings(world_size=2))
     door.claim_step(optimizer_step=0, scheduled_kind="A", policy_version=0)
     door.commit_step(optimizer_step=0, summary={})
     # then

@@ -15,15 +15,16 @@ from prometheus_client import CollectorRegistry
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
 from broker_schemas.broker.matcher_door import MatcherDoor
-from broker_schemas.broker.rollout_requests import LeaseSettings, issue_requests
+from broker_schemas.broker.rollout_requests import issue_requests
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink, SinkSettings, segment_line
 from broker_schemas.records.codec import MAX_RECORD_BYTES
 from broker_schemas.records.records import ImageReference
-from consumers.matcher import Matcher, MatcherSettings
+from consumers.matcher import Matcher
 from consumers.metrics import MatcherMetrics
 from rollstream.history.audit import take_audit
 from tests.builders.rollouts import make_rollout, make_tools
+from tests.builders.settings import lease_settings, matcher_settings
 from tests.contract.test_transitions import a_request
 
 IDS = itertools.count()
@@ -50,7 +51,7 @@ def a_matcher(broker: Broker) -> Matcher:
         MatcherDoor(broker, "m-0"),
         make_tools(),
         MatcherMetrics(CollectorRegistry()),
-        MatcherSettings(block_ms=1, version_window=None),
+        matcher_settings(block_ms=1, version_window=None),
     )
 
 
@@ -247,7 +248,7 @@ def test_another_runs_records_are_not_taken_for_ours(broker: Broker) -> None:
 
 @pytest.mark.req("Q-13", "Q-14")
 def test_another_runs_request_or_a_record_it_never_asked_for_is_refused(broker: Broker) -> None:
-    issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=LeaseSettings())
+    issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=lease_settings())
     sink = SegmentSink(broker)
 
     assert sink.push([make_rollout(record_id="a", request_id="theirs")]) == ["late"]

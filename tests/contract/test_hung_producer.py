@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.rollout_requests import (
-    LeaseSettings,
     RolloutRequest,
     issue_requests,
     reissue_expired,
@@ -19,9 +18,10 @@ from broker_schemas.broker.rollout_requests import (
 from broker_schemas.client import SegmentSink
 from producers import producer as producing
 from producers.metrics import ProducerMetrics
-from producers.producer import Producer, ProducerSettings
+from producers.producer import Producer
+from tests.builders.settings import lease_settings, producer_settings
 
-LEASE = LeaseSettings(lease_ms=300, max_attempts=3)
+LEASE = lease_settings(lease_ms=300, max_attempts=3)
 
 
 class HungBackend:
@@ -48,7 +48,7 @@ def a_producer(broker: Broker, backend: Any, leave: Any, *, job_timeout_s: int) 
         backend=backend,
         datasets={"train": [None]},  # type: ignore[list-item]
         metrics=ProducerMetrics(CollectorRegistry()),
-        settings=ProducerSettings(name="p", version_window=0, lease=LEASE, job_timeout_s=job_timeout_s),
+        settings=producer_settings(name="p", version_window=0, lease=LEASE, job_timeout_s=job_timeout_s),
         leave=leave,
     )
 
@@ -82,6 +82,6 @@ def test_a_request_that_failed_here_waits_again_and_costs_no_attempt(real_broker
     freed.set()
     with pytest.raises(RuntimeError, match="came back"):
         a_producer(real_broker, HungBackend(freed), lambda: None, job_timeout_s=60).run(request)
-    over = LeaseSettings(lease_ms=-1, max_attempts=3)
+    over = lease_settings(lease_ms=-1, max_attempts=3)
     real_broker.client.zadd(real_broker.keys.named("requests"), {"r-1": 1})
     assert [(item.attempt, item.waits) for item in reissue_expired(real_broker, over)] == [(1, True)]

@@ -14,12 +14,13 @@ import pytest
 
 from broker_schemas.broker import lease as leases
 from broker_schemas.broker.broker import Broker, Fence
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.lease import Lease, holding, is_gone, own_holder
 from broker_schemas.errors import ConfigError, PlaceTaken
 from rollstream.bench.queue_throughput import make_rollouts, push_match_and_pack
 from rollstream.history.archive import ArchiveWriter
 from rollstream.history.archive_reading import EVENTS_FILE
+from tests.builders.settings import claim_settings
 from tests.source_tree import script_names
 
 
@@ -153,7 +154,7 @@ def test_a_thawed_learner_commits_and_claims_nothing(real_broker: Broker) -> Non
     push_match_and_pack(real_broker, make_rollouts(random.Random(1), 8, num_tokens=30, prefix="a"))
     frozen = Lease.take(real_broker, "learner", lease_ms=1)
     fence = Fence(role="learner", token=frozen.token)
-    old = LearnerDoor(real_broker.fenced(fence), ClaimSettings(world_size=1, mode="wait"))
+    old = LearnerDoor(real_broker.fenced(fence), claim_settings(world_size=1, mode="wait"))
     old.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)
     Lease.take(real_broker, "learner")
 

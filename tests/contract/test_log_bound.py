@@ -11,13 +11,14 @@ import pytest
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink, SinkSettings, segment_line
 from broker_schemas.errors import BrokerFull
 from rollstream.history.archive import ArchiveWriter
 from tests.builders.records import a_rollout
+from tests.builders.settings import claim_settings
 
 BUDGET = 64_000
 
@@ -54,7 +55,7 @@ def test_a_line_counts_against_the_budget_until_its_rollout_leaves(broker: Broke
 
 @pytest.mark.req("Q-12")
 def test_a_log_that_no_archive_keeps_stays_within_its_share(broker: Broker) -> None:
-    door = LearnerDoor(broker, ClaimSettings(world_size=1, mode="wait"))
+    door = LearnerDoor(broker, claim_settings(world_size=1, mode="wait"))
     for first in range(0, 60, 5):
         push_and_reject(broker, numbers=range(first, first + 5))
         door.claim_step(optimizer_step=0, scheduled_kind="B", policy_version=0)

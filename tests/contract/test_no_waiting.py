@@ -16,15 +16,16 @@ from broker_schemas.client import SegmentSink, SinkSettings
 from broker_schemas.errors import BrokerUnavailable, DeadlinePassed
 from broker_schemas.records.records import SegmentRecord
 from consumers import matcher as matching
-from consumers.matcher import Matcher, MatcherSettings
+from consumers.matcher import Matcher
 from consumers.metrics import MatcherMetrics
 from tests.builders.rollouts import make_rollout, make_tools
+from tests.builders.settings import matcher_settings
 
 WAIT_S = 20.0
 
 
 def a_matcher(door: MatcherDoor, *, batch_size: int = 2) -> Matcher:
-    settings = MatcherSettings(block_ms=1, version_window=None, batch_size=batch_size)
+    settings = matcher_settings(block_ms=1, version_window=None, batch_size=batch_size)
     return Matcher(door, make_tools(), MatcherMetrics(CollectorRegistry()), settings)
 
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from broker_schemas.broker.broker import Broker
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
 from broker_schemas.broker.packer_door import PackCommit, PackerDoor, PlannedPack
 from broker_schemas.broker.policy import publish_policy, read_policy
 from broker_schemas.broker.rollout_requests import (
-    LeaseSettings,
     RolloutRequest,
     fail_request,
     issue_requests,
@@ -26,8 +25,9 @@ from broker_schemas.client import SegmentSink, SinkSettings
 from broker_schemas.errors import BrokerFull, RunStopped
 from broker_schemas.records.packs import ReadyPack
 from tests.builders.records import a_rollout, a_segment
+from tests.builders.settings import claim_settings, lease_settings
 
-LEASE = LeaseSettings(lease_ms=60_000, max_attempts=2)
+LEASE = lease_settings(lease_ms=60_000, max_attempts=2)
 
 
 def a_request(number: int = 1, num_samples: int = 2) -> RolloutRequest:
@@ -94,7 +94,7 @@ def ready_packs(broker: Broker, *record_ids: str, ranks: Sequence[int], version:
 
 def a_learner(broker: Broker, **changes: object) -> LearnerDoor:
     settings = {"world_size": 2, "packs_per_rank": 1, "version_window": 2, **changes}
-    return LearnerDoor(broker, ClaimSettings(**settings))  # type: ignore[arg-type]
+    return LearnerDoor(broker, claim_settings(**settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.req("Q-4")
@@ -152,7 +152,7 @@ def test_a_second_dispatcher_with_an_old_position_changes_nothing(broker: Broker
 
 @pytest.mark.req("Q-4")
 def test_a_request_whose_lease_ended_is_run_again_then_given_up(broker: Broker) -> None:
-    over = LeaseSettings(lease_ms=-1, max_attempts=2)
+    over = lease_settings(lease_ms=-1, max_attempts=2)
     issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=over)
     assert renew_lease(broker, "r-1", over)
     again = reissue_expired(broker, over)
@@ -165,7 +165,7 @@ def test_a_request_whose_lease_ended_is_run_again_then_given_up(broker: Broker) 
 
 @pytest.mark.req("O-5", "Q-4")
 def test_a_request_that_no_worker_has_taken_is_never_given_up(broker: Broker) -> None:
-    over = LeaseSettings(lease_ms=-1, max_attempts=1)
+    over = lease_settings(lease_ms=-1, max_attempts=1)
     issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=over)
     for _ in range(5):
         assert [(item.attempt, item.waits) for item in reissue_expired(broker, over)] == [(1, True)]
@@ -174,7 +174,7 @@ def test_a_request_that_no_worker_has_taken_is_never_given_up(broker: Broker) ->
 
 @pytest.mark.req("O-5", "Q-4")
 def test_a_request_that_its_worker_gave_back_waits_without_a_lease(broker: Broker) -> None:
-    over = LeaseSettings(lease_ms=-1, max_attempts=1)
+    over = lease_settings(lease_ms=-1, max_attempts=1)
     issue_requests(broker, [a_request()], cursor=0, next_cursor=2, lease=over)
     assert renew_lease(broker, "r-1", over)
     assert release_lease(broker, "r-1", over)

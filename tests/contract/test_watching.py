@@ -16,7 +16,7 @@ from rich.console import Console
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress
-from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
+from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.lease import Lease
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.errors import BrokerRefused, ConfigError
@@ -27,6 +27,7 @@ from rollstream.watch.broker_follower import now_ms
 from rollstream.watch.live_table import LiveView
 from rollstream.watch.watched_run import find_run
 from rollstream.watch.watching import live_view
+from tests.builders.settings import claim_settings
 from tests.contract.test_transitions import match_all, pack_all, push
 from tests.redis_servers import program_or_skip, running_server
 
@@ -68,7 +69,7 @@ def a_run(url: str) -> Broker:
     match_all(broker)
     pack_all(broker, [1, 1])
     door = LearnerDoor(
-        broker, ClaimSettings(world_size=2, packs_per_rank=1, version_window=2, mode="fallback")
+        broker, claim_settings(world_size=2, packs_per_rank=1, version_window=2, mode="fallback")
     )
     door.claim_step(optimizer_step=0, scheduled_kind="A", policy_version=0)
     door.commit_step(optimizer_step=0, summary={"kind": "A", "reason": "schedule", "loss": 1.375})

@@ -10,14 +10,14 @@ import torch
 
 from learner.collation import PackedRow, collate_row
 from learner.distributed import Ranks
-from learner.losses import LossSettings
 from learner.packed_forward import RowLoss, position_rule_of
 from learner.train_step import run_micro_steps
 from tests.builders.learners import COLLATION, COORD_IDS, make_pixels, make_segment, tiny_model
+from tests.builders.settings import loss_settings
 from tests.distributed.rank_processes import meet, run_ranks
 
 GRIDS = [(1, 4, 4), (1, 2, 6), None, (1, 4, 4), (1, 8, 2), (1, 2, 2)]
-LOSS = LossSettings(coord_ids=COORD_IDS, w1_weight=5.0)
+LOSS = loss_settings(coord_ids=COORD_IDS, w1_weight=5.0)
 ONE_ROW = [[[0, 1, 2, 3, 4, 5]]]
 ONE_EACH = [[[0], [1], [2], [3], [4], [5]]]
 UNEVEN = [[[5, 0], [3], [1, 4, 2]]]

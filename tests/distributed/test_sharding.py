@@ -14,7 +14,7 @@ from broker_schemas.method.adapter_folder import read_adapter
 from broker_schemas.records.packs import ReadyPack, StepClaim
 from broker_schemas.records.records import MatchedSegment
 from learner.checkpoints import restore_checkpoint
-from learner.optimization import OptimizationSettings, build_optimizer
+from learner.optimization import build_optimizer
 from learner.packed_forward import RowLoss
 from learner.sharding import Sharding, local_part, place_model
 from learner.trained_weights import TrainedWeights
@@ -22,6 +22,7 @@ from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker, step_packs
 from tests.builders.learner_runs import NUM_STEPS, one_rank, run_one, settings_for, untimed, weights_in
 from tests.builders.learners import adapter_settings, tiny_model
+from tests.builders.settings import optimization_settings
 from tests.distributed.rank_processes import meet, run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -139,7 +140,7 @@ def test_one_rank_reads_what_two_have_written_in_parts(folder: Path, name: str) 
 
 def _restored(checkpoint: Path) -> dict[str, torch.Tensor]:
     model = tiny_model(seed=9)
-    optimizer = build_optimizer(model.named_parameters(), OptimizationSettings())
+    optimizer = build_optimizer(model.named_parameters(), optimization_settings())
     trained = TrainedWeights(model)
     assert restore_checkpoint(checkpoint, trained, optimizer).optimizer_step == 4
     moments = {

@@ -12,9 +12,9 @@ from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import DataError
 from broker_schemas.method.model_folder import load_policy
 from producers import hf_backend
-from producers.hf_backend import HfBackend, HfBackendSettings
-from producers.rollout_backend import DecodingSettings
+from producers.hf_backend import HfBackend
 from rollstream.models.shipped import SHIPPED_MODEL
+from tests.builders.settings import decoding_settings, hf_backend_settings
 from tests.builders.trained_adapters import logits_of, write_trained
 
 torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def test_a_producer_puts_each_adapter_on_the_base_that_it_loaded_once(
         return load_policy(*args, **kwargs)
 
     monkeypatch.setattr(hf_backend, "load_policy", counted)
-    settings = HfBackendSettings(decoding=DecodingSettings(max_new_tokens=4), base=SHIPPED_MODEL)
+    settings = hf_backend_settings(decoding=decoding_settings(max_new_tokens=4), base=SHIPPED_MODEL)
     backend = HfBackend(None, None, settings)  # type: ignore[arg-type]
     for number, expected in enumerate(models):
         backend.follow(

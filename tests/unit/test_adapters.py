@@ -10,9 +10,8 @@ import torch
 from broker_schemas.errors import ConfigError
 from broker_schemas.method.adapters import AdapterPlan, add_adapters, choose_layers, linear_layers
 from learner.collation import PackedRow, collate_row
-from learner.losses import LossSettings
 from learner.model_parts import adapt_model, check_part_rates, part_of
-from learner.optimization import OptimizationSettings, build_optimizer
+from learner.optimization import build_optimizer
 from learner.packed_forward import RowLoss, position_rule_of
 from learner.trained_weights import TrainedWeights
 from tests.builders.learners import (
@@ -23,6 +22,7 @@ from tests.builders.learners import (
     make_segment,
     tiny_model,
 )
+from tests.builders.settings import loss_settings, optimization_settings
 
 torch.set_num_threads(1)
 
@@ -34,7 +34,7 @@ def row_of(model: Any) -> PackedRow:
 
 
 def loss_of(model: Any, *, chunk_positions: int = 7) -> torch.Tensor:
-    settings = LossSettings(coord_ids=COORD_IDS, chunk_positions=chunk_positions)
+    settings = loss_settings(coord_ids=COORD_IDS, chunk_positions=chunk_positions)
     return RowLoss(model)(row_of(model), settings)[0]
 
 
@@ -85,7 +85,7 @@ def test_an_adapter_run_moves_as_a_plain_peft_loop_does() -> None:
         if part_of(name) != "coordinates":
             parameter.data.copy_(reference[name])
     # when
-    optimization = OptimizationSettings(learning_rate=1e-2)
+    optimization = optimization_settings(learning_rate=1e-2)
     mine = build_optimizer(trained.parameters.items(), optimization)
     theirs = torch.optim.AdamW(
         [p for p in wrapped.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0, eps=1e-8
@@ -144,7 +144,7 @@ def test_only_adapters_and_rows_are_trained_and_frozen_parts_get_none() -> None:
     adapt_model(model, adapter_settings(targets=targets), ("vision",), seed=0)
     trained = TrainedWeights(model)
     assert {part_of(name) for name in trained.parameters} == {"merger", "text", "coordinates"}
-    optimizer = build_optimizer(trained.parameters.items(), OptimizationSettings())
+    optimizer = build_optimizer(trained.parameters.items(), optimization_settings())
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
     assert all("lora_" in name or name.endswith("coordinate_rows") for name in trained.parameters)

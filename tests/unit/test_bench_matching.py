@@ -8,9 +8,10 @@ import json
 import pytest
 from rich.console import Console
 
-from consumers.transport_targets import TransportSettings, barycentric_targets
+from consumers.transport_targets import barycentric_targets
 from rollstream.bench.matching import GEOMETRIES, OBJECT_COUNTS, MatchingBenchReport, run_matching_bench
 from rollstream.bench.references.matching import reference_target
+from tests.builders.settings import transport_settings
 from tests.builders.tokenizers import make_polygon
 
 
@@ -38,7 +39,7 @@ def test_the_reference_finds_the_same_pairs(report: MatchingBenchReport) -> None
 def test_the_reference_and_the_batched_transport_agree_within_their_blur() -> None:
     truth = make_polygon(bins=(300, 300, 520, 310, 640, 480, 500, 690, 290, 560))
     prediction = make_polygon(bins=(304, 296, 515, 314, 645, 475, 505, 696, 287, 566))
-    ours = barycentric_targets(prediction, truth, TransportSettings())
+    ours = barycentric_targets(prediction, truth, transport_settings())
     assert max(abs(a - b) for a, b in zip(ours, reference_target(prediction, truth), strict=True)) <= 4
 
 

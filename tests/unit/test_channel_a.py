@@ -18,9 +18,10 @@ from broker_schemas.method.payload import render_payload
 from broker_schemas.method.prompt import PromptBuilder
 from broker_schemas.records.records import GroundTruthObject, MatchedSegment
 from learner.augmentation import AugmentationSettings
-from learner.channel_a import ChannelASettings, ChannelASource, build_segment, tokenize_payload
+from learner.channel_a import ChannelASource, build_segment, tokenize_payload
 from learner.collation import CollationSettings, SegmentPixels, check_segment
 from tests.builders.datasets import BOX, POLYGON, dataset_line, write_jsonl
+from tests.builders.settings import channel_a_settings
 
 NUM_SAMPLES = 5
 BOX_OBJECT = GroundTruthObject(desc="WBC", geometry="bbox_2d", bins=(406, 368, 767, 784))
@@ -60,7 +61,7 @@ def samples(root: Path) -> list[Sample]:
 def source(
     samples: Sequence[Sample], prompts: PromptBuilder, images: ImageProcessor, **changes: object
 ) -> ChannelASource:
-    settings = replace(ChannelASettings(seed=4, effective_batch_size=4), **changes)
+    settings = replace(channel_a_settings(seed=4, effective_batch_size=4), **changes)
     return ChannelASource(samples, prompts, images, settings)
 
 

@@ -12,11 +12,12 @@ import torch
 from broker_schemas.errors import RunStopped
 from learner import tensor_files, whole_directory
 from learner.checkpoints import TrainerState, latest_checkpoint, read_trainer_state, restore_checkpoint
-from learner.optimization import OptimizationSettings, build_optimizer
+from learner.optimization import build_optimizer
 from learner.trained_weights import TrainedWeights
 from learner.weights import is_publication_due, policy_version_at, publish_weights
 from tests.builders.learner_runs import one_rank, write_checkpoint
 from tests.builders.learners import tiny_model
+from tests.builders.settings import optimization_settings
 
 pytestmark = pytest.mark.req("Q-10")
 
@@ -35,7 +36,7 @@ def companions(tmp_path: Path) -> Path:
 def trained(seed: int = 0, num_steps: int = 2) -> tuple[TrainedWeights, torch.optim.AdamW]:
     """Return a model's weights and its optimizer after some steps of made-up gradients."""
     model = tiny_model(seed=seed)
-    optimizer = build_optimizer(model.named_parameters(), OptimizationSettings(weight_decay=0.1))
+    optimizer = build_optimizer(model.named_parameters(), optimization_settings(weight_decay=0.1))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(num_steps):
         for parameter in model.parameters():

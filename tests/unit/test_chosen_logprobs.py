@@ -11,8 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from broker_schemas.method.dataset import Sample
-from producers.hf_backend import HfBackend, HfBackendSettings
-from producers.rollout_backend import DecodingSettings, Generation
+from producers.hf_backend import HfBackend
+from producers.rollout_backend import Generation
+from tests.builders.settings import decoding_settings, hf_backend_settings
 
 PROMPT = np.asarray([5, 9, 5, 11], np.int32)
 END = 39
@@ -29,7 +30,7 @@ def a_model() -> Any:
 
 def generate(model: Any, **decoding: Any) -> Generation:
     prompts: Any = SimpleNamespace(build_ids=lambda grids: PROMPT, end_token_id=END, image_token_id=2)
-    settings = HfBackendSettings(decoding=DecodingSettings(max_new_tokens=12, **decoding))
+    settings = hf_backend_settings(decoding=decoding_settings(max_new_tokens=12, **decoding))
     backend = HfBackend(prompts, cast(Any, SimpleNamespace(fingerprint="p")), settings, model)
     sample = Sample(
         sample_id="s", image_paths=(), image_files=(), task="empty", objects=(), width=8, height=8

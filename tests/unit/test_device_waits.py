@@ -14,6 +14,7 @@ from learner.losses import LossSettings
 from learner.packed_forward import RowLoss, position_rule_of
 from learner.train_step import LossSums, run_micro_steps
 from tests.builders.learners import COLLATION, COORD_IDS, make_pixels, make_segment, tiny_model
+from tests.builders.settings import loss_settings
 
 torch.set_num_threads(1)
 LOOKS = ("tolist", "item", "__bool__", "__float__", "__int__", "cpu", "numpy")
@@ -49,7 +50,7 @@ def test_the_learner_looks_at_the_device_once_a_step_however_many_rows_it_has(
             return plain(self, *given, **named)
 
         monkeypatch.setattr(torch.Tensor, name, noted)
-    loss = LossSettings(coord_ids=COORD_IDS)
+    loss = loss_settings(coord_ids=COORD_IDS)
 
     one, three = steps_over(model, rows[:1], loss), steps_over(model, rows, loss)
 
@@ -62,4 +63,4 @@ def test_the_learner_looks_at_the_device_once_a_step_however_many_rows_it_has(
 def test_a_loss_that_is_no_number_is_named_after_the_rows_are_done() -> None:
     model = tiny_model(seed=3)
     with pytest.raises(NonFiniteLoss, match="loss of segment b"):
-        steps_over(model, [row_of(model, "b")], LossSettings(coord_ids=COORD_IDS, temperature_coord=1e-42))
+        steps_over(model, [row_of(model, "b")], loss_settings(coord_ids=COORD_IDS, temperature_coord=1e-42))

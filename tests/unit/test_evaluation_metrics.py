@@ -12,12 +12,13 @@ from broker_schemas.method.evaluation_numbers import NUMBERS, PREFIX
 from broker_schemas.records.records import GroundTruthObject
 from consumers.average_precision import AveragePrecision, Detection, GroundTruthShape, average_precision
 from consumers.evaluation_metrics import class_numbers, evaluation_metrics
-from consumers.matching import MatchSettings, match_objects
+from consumers.matching import match_objects
 from consumers.overlap_counts import count_overlaps
+from tests.builders.settings import match_settings
 
 SQUARE = [100, 100, 300, 300]
 FRAME = [0, 0, 999, 999]
-GATE = MatchSettings()
+GATE = match_settings()
 
 
 def shape(bins: list[int], desc: str = "cell", **changes: Any) -> dict[str, Any]:

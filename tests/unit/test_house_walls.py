@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from typing import Final
 
 import pytest
 
-from tests.source_tree import PACKAGES, ROLES, ROOT, is_within, listed, python_files
+from tests.source_tree import PACKAGES, ROLES, ROOT, SourceFile, is_within, listed, python_files
 
 MAY_IMPORT: Final = {
     "broker_schemas": {"broker_schemas"},
@@ -114,3 +115,39 @@ def test_only_the_run_folder_spells_the_names_of_its_files() -> None:
     )
     assert {"train_log.jsonl", "resolved.yaml", "stack.lock"} <= spelled
     assert not offences, f"RunFolder names the files of a run:\n{offences}"
+
+
+def settings_fields(file: SourceFile) -> Iterator[tuple[str, str, bool]]:
+    """(class, field, whether it has a default) of every class named ``…Settings`` in a file."""
+    for node in file.nodes:
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith("Settings"):
+            continue
+        for statement in node.body:
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                yield node.name, statement.target.id, statement.value is not None
+
+
+def configuration_keys() -> set[str]:
+    sections = (walk for file in python_files("configs") for walk in file.nodes)
+    return {
+        statement.target.id
+        for node in sections
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Section")
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+
+
+def test_what_a_configuration_sets_has_its_default_there_alone() -> None:
+    keys = configuration_keys()
+    library = "broker_schemas/client.py"  # used without a configuration
+    doubled = [
+        f"{file.path}: {name}.{field}"
+        for package in ("broker_schemas", *ROLES)
+        for file in python_files(package)
+        if str(file.path) != library
+        for name, field, has_default in settings_fields(file)
+        if has_default and field in keys
+    ]
+    assert len(keys) > 100
+    assert not doubled

@@ -19,6 +19,7 @@ from consumers.record_matching import MatcherTools, match_record
 from consumers.token_bytes import token_bytes_of
 from tests.builders.qwen_tokenizer import qwen_tokenizer
 from tests.builders.rollouts import make_rollout
+from tests.builders.settings import method_settings
 from tests.builders.tokenizers import (
     DESCRIPTIONS,
     byte_fallback_tokenizer,
@@ -48,6 +49,7 @@ def tools_of(make_tokenizer: Any) -> MatcherTools:
         coord_vocab=coord_vocabulary(tokenizer),
         end_token_id=0 if end is None else end,
         capacity=1 << 16,
+        **method_settings(),
     )
 
 

@@ -10,10 +10,10 @@ import torch
 from broker_schemas.errors import DataError, NonFiniteLoss
 from learner.chunked_losses import row_losses
 from learner.collation import collate_row
-from learner.losses import LossSettings
 from learner.packed_forward import RowLoss, position_rule_of
 from learner.supervision import RowSupervision
 from tests.builders.learners import COLLATION, COORD_IDS, make_pixels, make_segment, tiny_model
+from tests.builders.settings import loss_settings
 
 torch.set_num_threads(1)
 GRIDS = [(1, 4, 4), (1, 2, 6), None, (1, 8, 2)]
@@ -28,7 +28,7 @@ def gradients(chunk_positions: int, *, checkpointing: bool = False) -> tuple[flo
     segments[1] = replace(segments[1], repeat_positions=segments[1].slot_positions[:2] - 2)
     pixels = [make_pixels(segment, dtype=torch.float64) for segment in segments]
     row = collate_row(segments, pixels, replace(COLLATION, with_repeats=True), position_rule_of(model))
-    settings = LossSettings(
+    settings = loss_settings(
         coord_ids=COORD_IDS,
         chunk_positions=chunk_positions,
         desc_ce_weight=0.3,
@@ -75,7 +75,7 @@ def test_activations_that_are_computed_again_are_not_kept() -> None:
         segment = make_segment(num_text=300)
         row = collate_row([segment], [make_pixels(segment)], COLLATION, position_rule_of(model))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            RowLoss(model)(row, LossSettings(coord_ids=COORD_IDS, chunk_positions=8))
+            RowLoss(model)(row, loss_settings(coord_ids=COORD_IDS, chunk_positions=8))
         return sum(size for place, size in sizes.items() if place not in weights)
 
     assert kept_bytes(checkpointing=True) < 0.35 * kept_bytes(checkpointing=False)
@@ -115,7 +115,7 @@ def supervision_of(num_positions: int) -> RowSupervision:
 def test_no_more_logits_exist_than_a_chunk_has_however_long_the_row(num_positions: int) -> None:
     head = LogitsWitness(8, 1300, bias=False)
     hidden = torch.randn(num_positions, 8, requires_grad=True)
-    settings = LossSettings(coord_ids=COORD_IDS, chunk_positions=16)
+    settings = loss_settings(coord_ids=COORD_IDS, chunk_positions=16)
     total, _ = row_losses(hidden, head, supervision_of(num_positions), settings)
     total.backward()
     assert head.most == 16
@@ -126,7 +126,7 @@ def test_no_more_logits_exist_than_a_chunk_has_however_long_the_row(num_position
 def test_a_frozen_head_gets_no_gradient_and_passes_it_on() -> None:
     head = torch.nn.Linear(8, 1300, bias=False).requires_grad_(False)
     hidden = torch.randn(40, 8, requires_grad=True)
-    settings = LossSettings(coord_ids=COORD_IDS, chunk_positions=16)
+    settings = loss_settings(coord_ids=COORD_IDS, chunk_positions=16)
     row_losses(hidden, head, supervision_of(40), settings)[0].backward()
     assert head.weight.grad is None
     assert hidden.grad is not None
@@ -134,7 +134,7 @@ def test_a_frozen_head_gets_no_gradient_and_passes_it_on() -> None:
 
 
 def test_faults_are_named_in_chunks_as_in_whole_rows() -> None:
-    settings = LossSettings(coord_ids=COORD_IDS, chunk_positions=16)
+    settings = loss_settings(coord_ids=COORD_IDS, chunk_positions=16)
     with pytest.raises(DataError, match="coordinate id 1199"):
         row_losses(torch.randn(40, 8), torch.nn.Linear(8, 900), supervision_of(40), settings)
     with pytest.raises(NonFiniteLoss, match="r-0"):

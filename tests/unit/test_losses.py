@@ -16,8 +16,9 @@ from broker_schemas.records.records import MatchedSegment
 from learner.losses import LossSettings, SegmentLosses, segment_losses, soft_targets, supervised_losses
 from learner.supervision import supervise_row
 from tests.builders.learners import COORD_IDS, FIRST_COORD_ID, VOCABULARY_SIZE, make_segment
+from tests.builders.settings import loss_settings
 
-SETTINGS = LossSettings(coord_ids=COORD_IDS)
+SETTINGS = loss_settings(coord_ids=COORD_IDS)
 
 
 def random_logits(num_tokens: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
@@ -219,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_segment(value: fl
 @pytest.mark.req("M-11")
 def test_coordinate_ids_that_are_not_1000_or_outside_the_logits_are_refused() -> None:
     with pytest.raises(DataError, match="999 distinct"):
-        LossSettings(coord_ids=(*COORD_IDS[:-1], COORD_IDS[0]))
+        loss_settings(coord_ids=(*COORD_IDS[:-1], COORD_IDS[0]))
     segment = make_segment()
     with pytest.raises(DataError, match="logits width 1199"):
         segment_losses(torch.zeros(segment.encoded_length, 1199), [segment], SETTINGS)

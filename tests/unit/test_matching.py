@@ -13,9 +13,10 @@ import pytest
 from broker_schemas.records.records import GroundTruthObject
 from consumers.matching import MatchSettings, candidate_ious, match_objects
 from consumers.shapes import is_degenerate
+from tests.builders.settings import match_settings
 from tests.builders.tokenizers import make_box, make_polygon
 
-DEFAULTS = MatchSettings()
+DEFAULTS = match_settings()
 
 
 def box(*bins: int) -> GroundTruthObject:
@@ -67,7 +68,7 @@ def test_the_assignment_costs_as_little_as_the_best_of_all(polygon_share: float,
     for _ in range(cases):
         predictions = random_shapes(rng, rng.randint(1, 4), polygon_share)
         truth = random_shapes(rng, rng.randint(1, 4), polygon_share)
-        settings = MatchSettings(
+        settings = match_settings(
             candidate_top_k=rng.randint(1, 4),
             maskiou_gate=rng.choice([0.0, 0.1, 0.3]),
             fp_cost=rng.choice([0.1, 0.5, 1.0]),
@@ -101,7 +102,7 @@ def test_a_pair_at_the_gate_passes_and_one_just_below_is_counted_as_rejected() -
     predictions, truth = [box(0, 0, 10, 10)], [box(0, 0, 3, 10)]
     at_gate = match_objects(predictions, truth, DEFAULTS)
     assert (at_gate.pairs, at_gate.gating_rejections) == (((0, 0),), 0)
-    below = match_objects(predictions, truth, MatchSettings(maskiou_gate=math.nextafter(0.3, 1.0)))
+    below = match_objects(predictions, truth, match_settings(maskiou_gate=math.nextafter(0.3, 1.0)))
     assert (below.pairs, below.gating_rejections) == ((), 1)
     assert (below.unmatched_predictions, below.unmatched_ground_truth) == ((0,), (0,))
 
@@ -111,13 +112,13 @@ def test_the_best_total_beats_the_best_single_pair() -> None:
     # Taking (0, 0) at IoU 0.9 first would leave prediction 1 with nothing.
     predictions = [box(0, 0, 100, 90), box(0, 0, 100, 100)]
     truth = [box(0, 0, 100, 100), box(0, 0, 60, 90)]
-    assert match_objects(predictions, truth, MatchSettings(maskiou_gate=0.6)).pairs == ((0, 1), (1, 0))
+    assert match_objects(predictions, truth, match_settings(maskiou_gate=0.6)).pairs == ((0, 1), (1, 0))
 
 
 @pytest.mark.req("M-5")
 def test_candidates_are_the_largest_overlaps_and_equal_ones_go_by_index() -> None:
     truth = [box(0, 0, 10, 5), box(0, 0, 10, 10), box(0, 5, 10, 10), box(0, 0, 10, 5)]
-    overlap = candidate_ious([box(0, 0, 10, 10)], truth, MatchSettings(candidate_top_k=2))
+    overlap = candidate_ious([box(0, 0, 10, 10)], truth, match_settings(candidate_top_k=2))
     assert np.isfinite(overlap).tolist() == [[True, True, False, False]]
 
 
@@ -126,7 +127,7 @@ def test_many_equal_candidates_are_taken_in_the_order_of_the_ground_truth() -> N
     rng = random.Random(0)
     sides = [rng.choice([10, 20]) for _ in range(200)]
     truth = [box(0, 0, side, 20) for side in sides]
-    overlap = candidate_ious([box(0, 0, 20, 20)], truth, MatchSettings(candidate_top_k=30))
+    overlap = candidate_ious([box(0, 0, 20, 20)], truth, match_settings(candidate_top_k=30))
     assert (
         np.flatnonzero(np.isfinite(overlap[0])).tolist()
         == [i for i, side in enumerate(sides) if side == 20][:30]
@@ -136,7 +137,7 @@ def test_many_equal_candidates_are_taken_in_the_order_of_the_ground_truth() -> N
 @pytest.mark.req("M-5")
 def test_without_any_overlap_candidates_are_the_nearest_centres_and_equal_ones_go_by_index() -> None:
     truth = [box(500, 0, 510, 10), box(30, 0, 40, 10), box(0, 30, 10, 40), box(20, 0, 30, 10)]
-    overlap = candidate_ious([box(0, 0, 10, 10)], truth, MatchSettings(candidate_top_k=2))
+    overlap = candidate_ious([box(0, 0, 10, 10)], truth, match_settings(candidate_top_k=2))
     assert np.isfinite(overlap).tolist() == [[False, True, False, True]]
 
 
@@ -153,7 +154,7 @@ def test_a_polygon_is_compared_by_mask_and_not_by_its_extent() -> None:
 def test_the_largest_bin_lies_on_the_last_pixel_but_one_step_of_the_canvas() -> None:
     # On 11 pixels a bin v lies at 10 v / 999: the whole is 10 x 10 pixels and a quarter of it 5 x 5.
     whole, quarter = polygon(0, 0, 999, 0, 999, 999, 0, 999), box(0, 0, 500, 500)
-    overlap = candidate_ious([whole], [quarter], MatchSettings(maskiou_resolution=11, maskiou_gate=0.0))
+    overlap = candidate_ious([whole], [quarter], match_settings(maskiou_resolution=11, maskiou_gate=0.0))
     assert overlap.tolist() == [[0.25]]
 
 
@@ -179,7 +180,7 @@ def test_identical_shapes_match_however_thin(bins: tuple[int, ...]) -> None:
 def test_thin_and_small_shapes_have_the_overlap_of_their_areas() -> None:
     bar, beside = polygon(500, 100, 504, 100, 504, 600, 500, 600), box(502, 100, 506, 600)
     small, half = polygon(40, 40, 48, 40, 48, 48, 40, 48), polygon(40, 40, 48, 40, 40, 48)
-    overlap = candidate_ious([bar, small], [beside, half], MatchSettings(maskiou_gate=0.0))
+    overlap = candidate_ious([bar, small], [beside, half], match_settings(maskiou_gate=0.0))
     assert overlap.diagonal() == pytest.approx([1 / 3, 0.5], abs=0.01)
 
 
@@ -190,9 +191,9 @@ def test_a_pair_that_is_not_rasterised_could_not_have_passed_the_gate() -> None:
         shapes = [polygon(*(rng.randint(0, 300) for _ in range(2 * rng.randint(3, 9)))) for _ in range(8)]
         stars = [star(rng, rng.randint(3, 12)) for _ in range(8)]
         exact = candidate_ious(
-            [*shapes, *stars], [*stars, *shapes], MatchSettings(maskiou_gate=0.0, candidate_top_k=99)
+            [*shapes, *stars], [*stars, *shapes], match_settings(maskiou_gate=0.0, candidate_top_k=99)
         )
-        gated = candidate_ious([*shapes, *stars], [*stars, *shapes], MatchSettings(candidate_top_k=99))
+        gated = candidate_ious([*shapes, *stars], [*stars, *shapes], match_settings(candidate_top_k=99))
         assert ((exact >= 0.3) == (gated >= 0.3)).all()
         assert (gated >= exact - 0.02).all()
 
@@ -260,4 +261,4 @@ def test_descriptions_play_no_part() -> None:
 )
 def test_a_setting_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
-        MatchSettings(**{field: value})
+        match_settings(**{field: value})

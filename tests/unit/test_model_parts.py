@@ -10,6 +10,7 @@ from learner.model_parts import freeze_parts, part_of
 from learner.optimization import OptimizationSettings, build_optimizer, set_learning_rate
 from learner.trained_weights import TrainedWeights
 from tests.builders.learners import tiny_model
+from tests.builders.settings import optimization_settings
 
 torch.set_num_threads(1)
 
@@ -35,7 +36,7 @@ def moved_parts(optimization: OptimizationSettings, *, frozen: tuple[str, ...] =
 @pytest.mark.req("L-5")
 def test_each_part_has_its_learning_rate_on_the_course_of_all() -> None:
     rates = {"vision": 4e-3, "merger": 2e-3}
-    moved = moved_parts(OptimizationSettings(learning_rate=1e-3, part_rates=rates))  # type: ignore[arg-type]
+    moved = moved_parts(optimization_settings(learning_rate=1e-3, part_rates=rates))  # type: ignore[arg-type]
     assert moved == {
         "vision": pytest.approx(2e-3, rel=1e-3),
         "merger": pytest.approx(1e-3, rel=1e-3),
@@ -45,7 +46,7 @@ def test_each_part_has_its_learning_rate_on_the_course_of_all() -> None:
 
 @pytest.mark.req("L-5")
 def test_frozen_parts_stay_and_have_no_gradient() -> None:
-    moved = moved_parts(OptimizationSettings(learning_rate=1e-3), frozen=("vision", "text"))
+    moved = moved_parts(optimization_settings(learning_rate=1e-3), frozen=("vision", "text"))
     assert moved["vision"] == moved["text"] == 0
     assert moved["merger"] > 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from learner.checkpoints import latest_checkpoint
-from learner.optimization import OptimizationSettings, build_optimizer
+from learner.optimization import build_optimizer
 from learner.sharding import Precision
 from learner.trained_weights import TrainedWeights
 from learner.weights import publish_weights
@@ -16,6 +16,7 @@ from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker
 from tests.builders.learner_runs import one_rank, run_one, settings_for
 from tests.builders.learners import tiny_model
+from tests.builders.settings import optimization_settings
 
 pytestmark = pytest.mark.timeout(400)  # several learners, on a machine that may be busy
 
@@ -27,7 +28,7 @@ def movement(folder: Path, precision: Precision, learning_rate: float) -> float:
     """Return how far a run of 100 steps moves the weights (Euclidean), as its last checkpoint has them."""
     from safetensors.torch import load_file
 
-    optimization = OptimizationSettings(learning_rate=learning_rate, max_steps=NUM_STEPS)
+    optimization = optimization_settings(learning_rate=learning_rate, max_steps=NUM_STEPS)
     name = f"{precision}-{learning_rate}"
     settings = settings_for(
         folder,
@@ -35,6 +36,7 @@ def movement(folder: Path, precision: Precision, learning_rate: float) -> float:
         precision=precision,
         optimization=optimization,
         max_steps=NUM_STEPS,
+        b_ratio="0",
         save_every_steps=0,
         is_policy_published=False,
     )
@@ -57,7 +59,7 @@ def test_weights_move_in_bfloat16_as_far_as_in_float32(tmp_path: Path, learning_
 @pytest.mark.req("L-2")
 def test_weights_gradient_sums_and_moments_are_float32_and_the_model_computes_in_bfloat16() -> None:
     trained = TrainedWeights(tiny_model(), "bf16")
-    optimizer = build_optimizer(trained.parameters.items(), OptimizationSettings())
+    optimizer = build_optimizer(trained.parameters.items(), optimization_settings())
     assert {p.dtype for p in trained.model.parameters()} == {torch.bfloat16}
     for _ in range(2):
         trained.model(input_ids=torch.arange(1, 9)[None]).logits.float().sum().backward()

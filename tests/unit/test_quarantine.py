@@ -15,11 +15,11 @@ from broker_schemas.errors import DataError, NonFiniteLoss, RunStopped
 from broker_schemas.records.packs import StepClaim
 from broker_schemas.records.records import ImageReference
 from learner.collation import SegmentPixels
-from learner.losses import LossSettings
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker, FakePixels
 from tests.builders.learner_runs import one_rank, run_one, settings_for
 from tests.builders.learners import COORD_IDS
+from tests.builders.settings import loss_settings
 
 torch.set_num_threads(1)
 TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
@@ -108,7 +108,7 @@ def test_a_step_of_which_nothing_is_left_ends_the_run_with_what_to_look_at(tmp_p
 @pytest.mark.req("Q-13")
 def test_a_loss_that_is_no_number_leaves_its_step_where_so_configured(tmp_path: Path) -> None:
     broker = FakeBroker(1)
-    loss = LossSettings(coord_ids=COORD_IDS, keeps_non_finite=True)
+    loss = loss_settings(coord_ids=COORD_IDS, keeps_non_finite=True)
     settings = settings_for(tmp_path, "run", b_ratio="1", max_steps=2, loss=loss)
     run_one(one_rank(), settings, broker, pixels=infinite("s0-p1-r1"), is_cut_by_segment=True)
     rows, weights = log_and_weights(tmp_path, "run")
@@ -122,7 +122,7 @@ def test_a_loss_that_is_no_number_leaves_its_step_where_so_configured(tmp_path: 
 @pytest.mark.req("Q-13")
 def test_weights_that_are_no_numbers_are_no_segments_fault(tmp_path: Path) -> None:
     # a temperature this small overflows float32 in every slot
-    loss = LossSettings(coord_ids=COORD_IDS, temperature_coord=1e-42, keeps_non_finite=True)
+    loss = loss_settings(coord_ids=COORD_IDS, temperature_coord=1e-42, keeps_non_finite=True)
     broker = FakeBroker(1)
     for ratio, error in (("1", RunStopped), ("0", NonFiniteLoss)):
         with pytest.raises(error, match="not finite"):

@@ -13,6 +13,7 @@ from broker_schemas.errors import DataError
 from broker_schemas.records.records import GroundTruthObject
 from consumers.record_matching import MatcherTools, match_record, match_rollout
 from tests.builders.rollouts import make_rollout, make_tools
+from tests.builders.settings import method_settings
 from tests.builders.tokenizers import (
     coord_vocabulary,
     make_box,
@@ -122,10 +123,10 @@ def test_the_stages_of_a_rollout_line_up() -> None:
 def test_tools_refuse_a_tokenizer_that_cannot_serve() -> None:
     bare = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     with pytest.raises(DataError, match="no token <|im_end|>"):
-        MatcherTools.for_tokenizer(bare, capacity=10)
+        MatcherTools.for_tokenizer(bare, capacity=10, **method_settings())
     vocabulary = coord_vocabulary(plain_tokenizer())
     with pytest.raises(DataError, match="no ordinary tokens write"):
-        MatcherTools(tokenizer=bare, coord_vocab=vocabulary, end_token_id=0, capacity=10)
+        MatcherTools(tokenizer=bare, coord_vocab=vocabulary, end_token_id=0, capacity=10, **method_settings())
     wrong: list[dict[str, Any]] = [{"end_token_id": 10**6}, {"capacity": 0}, {"num_token_ids": 10}]
     for changes in wrong:
         with pytest.raises(DataError, match="expected"):

@@ -17,6 +17,7 @@ from learner.losses import LossSettings, segment_losses
 from tests.builders.learners import COORD_IDS, FIRST_COORD_ID, VOCABULARY_SIZE, make_segment
 from tests.builders.qwen_tokenizer import qwen_tokenizer
 from tests.builders.rollouts import make_rollout
+from tests.builders.settings import loss_settings
 from tests.builders.tokenizers import make_box, make_polygon, plain_tokenizer
 
 CELL = make_box("cell", (100, 100, 300, 300))
@@ -107,7 +108,7 @@ def a_segment(**changes: Any) -> MatchedSegment:
 
 
 def settings(**changes: Any) -> LossSettings:
-    return LossSettings(coord_ids=COORD_IDS, **changes)
+    return loss_settings(coord_ids=COORD_IDS, **changes)
 
 
 def logits_for(segment: MatchedSegment, dtype: torch.dtype = torch.float64) -> torch.Tensor:

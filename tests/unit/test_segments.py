@@ -18,12 +18,13 @@ from broker_schemas.records.records import (
     wire_bytes_per_token,
 )
 from consumers.fragments import FragmentNotEncoded, encode_fragment
-from consumers.matching import MatchSettings, match_objects
+from consumers.matching import match_objects
 from consumers.parsing import parse_rollout
 from consumers.record_matching import MatcherTools, match_record
 from consumers.segments import SegmentVocabulary, build_segment
 from consumers.token_bytes import token_bytes_of
 from tests.builders.rollouts import make_rollout, make_tools
+from tests.builders.settings import match_settings
 from tests.builders.tokenizers import (
     coord_vocabulary,
     encode,
@@ -141,7 +142,7 @@ def test_a_pair_without_a_target_is_excluded_counted_and_its_ground_truth_append
     tokenizer = plain_tokenizer()
     vocabulary = coord_vocabulary(tokenizer)
     parsed = parse_rollout(record.response_token_ids, tokenizer, vocabulary)
-    match = match_objects(parsed.objects, record.assistant_payload, MatchSettings())
+    match = match_objects(parsed.objects, record.assistant_payload, match_settings())
     words = SegmentVocabulary(tokenizer=tokenizer, coord_vocab=vocabulary, end_token_id=5)
     segment = build_segment(record, parsed, match, [list(FAR.bins), None, list(POLYGON.bins)], words)
     assert segment.slot_targets.tolist() == [*FAR.bins, *POLYGON.bins, *NEAR.bins]

@@ -15,11 +15,11 @@ from learner.checkpoints import TrainerState
 from learner.distributed import Ranks
 from learner.early_stopping import note_evaluation, stop_reason, watched_value
 from learner.ground_truth_only import GroundTruthOnlyBroker
-from learner.optimization import OptimizationSettings, learning_rate_at
-from learner.settings import EarlyStopSettings
+from learner.optimization import learning_rate_at
 from learner.step_decision import decide_step
 from learner.stop_request import StopRequest
 from tests.builders.learner_fakes import FakeBroker
+from tests.builders.settings import early_stop_settings, optimization_settings
 
 
 class NoPause(StopRequest):
@@ -98,24 +98,24 @@ def test_a_first_signal_asks_and_leaves_the_second_to_end_the_process() -> None:
 
 def test_early_stop_by_target_and_by_patience() -> None:
     state = TrainerState(optimizer_step=0)
-    patience = EarlyStopSettings(patience=2)
+    patience = early_stop_settings(patience=2)
     reasons = []
     for f1 in (0.3, 0.5, 0.5, 0.4):
         state = note_evaluation(state, f1)
         reasons.append(stop_reason(state, f1, patience))
     assert reasons[:3] == [None, None, None]
     assert reasons[3] == "no better validation f1 than 0.500 in 2 evaluations"
-    assert stop_reason(state, 0.61, EarlyStopSettings(target=0.6)) is not None
-    assert stop_reason(state, 0.59, EarlyStopSettings(target=0.6)) is None
+    assert stop_reason(state, 0.61, early_stop_settings(target=0.6)) is not None
+    assert stop_reason(state, 0.59, early_stop_settings(target=0.6)) is None
 
 
 @pytest.mark.req("U-5")
 def test_early_stop_watches_any_number_and_knows_which_way_is_better() -> None:
-    ap = EarlyStopSettings(metric="map", target=0.4)
+    ap = early_stop_settings(metric="map", target=0.4)
     assert (
         stop_reason(TrainerState(optimizer_step=1), 0.41, ap) == "validation map 0.410 reached its target 0.4"
     )
-    invalid = EarlyStopSettings(metric="parse_invalid_rate", target=0.05, patience=1)
+    invalid = early_stop_settings(metric="parse_invalid_rate", target=0.05, patience=1)
     state = note_evaluation(TrainerState(optimizer_step=0), 0.5, "parse_invalid_rate")
     state = note_evaluation(state, 0.2, "parse_invalid_rate")
     assert (state.evaluations_since_best, stop_reason(state, 0.2, invalid)) == (0, None)
@@ -146,7 +146,7 @@ def test_a_watched_number_that_an_evaluation_lacks_ends_the_run_by_name_and_no_d
     ],
 )
 def test_the_learning_rate_follows_its_schedule(schedule: str, expected: list[float]) -> None:
-    settings = OptimizationSettings(
+    settings = optimization_settings(
         learning_rate=1.0,
         warmup_steps=2,
         max_steps=12,

@@ -15,13 +15,12 @@ from broker_schemas.records.packs import StepClaim
 from broker_schemas.records.records import MatchedSegment
 from broker_schemas.records.run_status import RunStatus
 from learner.checkpoints import latest_checkpoint, read_trainer_state
-from learner.losses import LossSettings
-from learner.settings import EarlyStopSettings
 from learner.training_log import TrainingLog
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker
 from tests.builders.learner_runs import one_rank, run_one, settings_for
 from tests.builders.learners import COORD_IDS
+from tests.builders.settings import early_stop_settings, loss_settings
 
 torch.set_num_threads(1)
 
@@ -47,7 +46,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_an_f1_at_its_target_ends_the_run_with_a_checkpoint_that_knows_it(tmp_path: Path) -> None:
     settings = settings_for(
-        tmp_path, "run", eval_every_steps=2, early_stop=EarlyStopSettings(target=0.6), b_ratio="0"
+        tmp_path, "run", eval_every_steps=2, early_stop=early_stop_settings(target=0.6), b_ratio="0"
     )
     scores = {2: 0.4, 4: 0.7}
     with TrainingLog(tmp_path / "evaluations.jsonl") as log:
@@ -78,7 +77,7 @@ def test_the_number_of_an_evaluation_by_others_ends_the_run_when_it_comes(tmp_pa
         "run",
         eval_every_steps=2,
         is_evaluated_by_others=True,
-        early_stop=EarlyStopSettings(metric="map_50", target=0.6, patience=None),
+        early_stop=early_stop_settings(metric="map_50", target=0.6, patience=None),
         b_ratio="0",
     )
     asked: list[int] = []
@@ -143,7 +142,7 @@ def test_rollouts_that_never_come_end_the_run_by_name(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_segment(tmp_path: Path) -> None:
     # a temperature this small overflows float32 in every slot
-    loss = LossSettings(coord_ids=COORD_IDS, temperature_coord=1e-42)
+    loss = loss_settings(coord_ids=COORD_IDS, temperature_coord=1e-42)
     settings = settings_for(tmp_path, "run", loss=loss, b_ratio="1")
     with pytest.raises(NonFiniteLoss, match="s0-p0-r0"):
         run_one(one_rank(), settings, FakeBroker(1))

@@ -206,11 +206,11 @@ def test_grids_are_those_of_the_image_processor(
 
 
 @pytest.mark.req("D-3", "U-2")
-def test_five_thousand_images_are_looked_at_in_seconds(tmp_path: Path) -> None:
+def test_a_thousand_images_are_looked_at_in_a_second_or_two(tmp_path: Path) -> None:
     write_picture(tmp_path / "good.jpg", 640, 480)
     data = (tmp_path / "good.jpg").read_bytes()
     lines = []
-    for number in range(5000):
+    for number in range(1000):
         (tmp_path / f"p{number}.jpg").write_bytes(data)
         objects = [{"desc": f"cell {number % 7}", "bbox_2d": [number % 900, k, 950, 900]} for k in range(20)]
         lines.append({"images": [f"p{number}.jpg"], "width": 640, "height": 480, "objects": objects})
@@ -223,4 +223,4 @@ def test_five_thousand_images_are_looked_at_in_seconds(tmp_path: Path) -> None:
     seconds = time.process_time() - started
 
     assert report.problems == ()
-    assert seconds < 8, seconds
+    assert seconds < 2, seconds

@@ -21,12 +21,13 @@ from consumers.transport_targets import (
     barycentric_targets,
     targets_of_pairs,
 )
+from tests.builders.settings import transport_settings
 from tests.builders.tokenizers import make_box, make_polygon, random_objects
 
-DEFAULTS = TransportSettings()
+DEFAULTS = transport_settings()
 PLAIN_COSTS = [
-    TransportSettings(ot_cost="l2", ot_epsilon=2.0),
-    TransportSettings(ot_cost="l1", ot_epsilon=2.0),
+    transport_settings(ot_cost="l2", ot_epsilon=2.0),
+    transport_settings(ot_cost="l1", ot_epsilon=2.0),
 ]
 
 
@@ -210,10 +211,10 @@ def test_what_float32_cannot_hold_is_transported_in_the_log_domain(monkeypatch: 
 @pytest.mark.req("M-9")
 @pytest.mark.parametrize("epsilon", [0.001, 1.0, 1e6])
 def test_every_blur_gives_targets(epsilon: float) -> None:
-    settings = TransportSettings(ot_epsilon=epsilon)
+    settings = transport_settings(ot_epsilon=epsilon)
     rng = random.Random(6)
     for iterations in (1, 5, 400):
-        settings = TransportSettings(ot_epsilon=epsilon, ot_iters=iterations)
+        settings = transport_settings(ot_epsilon=epsilon, ot_iters=iterations)
         for _ in range(5):
             prediction, truth = (star_polygon(rng, rng.randint(3, 20), 300) for _ in range(2))
             assert len(barycentric_targets(prediction, truth, settings)) == len(prediction.bins)
@@ -242,7 +243,7 @@ def test_the_points_of_a_boundary_are_the_same_wherever_its_list_starts() -> Non
 
 @pytest.mark.req("M-9")
 @pytest.mark.parametrize(
-    "settings", [DEFAULTS, TransportSettings(ot_cost="l1", ot_points=40, ot_epsilon=5.0)]
+    "settings", [DEFAULTS, transport_settings(ot_cost="l1", ot_points=40, ot_epsilon=5.0)]
 )
 def test_a_batch_gives_what_each_pair_gives_alone(settings: TransportSettings) -> None:
     predictions, truth = random_objects(3, 30, 0.6), random_objects(4, 30, 0.6)
@@ -362,4 +363,4 @@ def test_a_target_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.req("M-9")
 def test_a_setting_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
-        TransportSettings(**{field: value})
+        transport_settings(**{field: value})

@@ -16,10 +16,10 @@ from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.errors import ServerFailed, ServerUnavailable
 from broker_schemas.method.dataset import Sample
 from broker_schemas.rollout_servers.server_slots import unshared_slots
-from producers.rollout_backend import DecodingSettings
-from producers.vllm_backend import VllmBackend, VllmBackendSettings
+from producers.vllm_backend import VllmBackend
 from producers.vllm_client import RetrySettings
 from producers.vllm_servers import ServerFleet
+from tests.builders.settings import decoding_settings, vllm_backend_settings
 from tests.builders.vllm_fakes import END_ID, FakeVllm, chat_reply, tokens_reply
 
 POLICY = PublishedPolicy(policy_version=3, optimizer_step=3, weights_path="/p/v3", published_at_ms=0)
@@ -74,8 +74,8 @@ def echo(body: dict[str, Any], version: str = "3:/p/v3") -> dict[str, Any]:
 
 def backend_of(servers: list[FakeVllm], *, decode_batch_size: int = 4) -> VllmBackend:
     fleet = ServerFleet(doors=[server.door() for server in servers], startup_timeout_s=1.0)
-    settings = VllmBackendSettings(
-        decoding=DecodingSettings(max_new_tokens=8),
+    settings = vllm_backend_settings(
+        decoding=decoding_settings(max_new_tokens=8),
         decode_batch_size=decode_batch_size,
         retry=RetrySettings(request_timeout_s=5.0),
     )

@@ -10,12 +10,13 @@ import pytest
 
 from broker_schemas.errors import PromptMismatch, ServerFailed, ServerRefused
 from broker_schemas.rollout_servers.weight_label import WeightLabel, parse_label
-from producers.rollout_backend import DecodingSettings, Generation
+from producers.rollout_backend import Generation
 from producers.vllm_requests import PromptRequest, build_body, read_generation
+from tests.builders.settings import decoding_settings
 from tests.builders.vllm_fakes import END_ID, chat_reply, tokens_reply
 
 PROMPT = [602, 607, 607, 397]
-DECODING = DecodingSettings(max_new_tokens=3, temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1)
+DECODING = decoding_settings(max_new_tokens=3, temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1)
 REQUEST = PromptRequest(
     prompt_token_ids=np.asarray(PROMPT, np.int32),
     unexpanded_ids=(602, 607, 397),

@@ -22,9 +22,9 @@ from broker_schemas.method.prompt import PromptBuilder
 from broker_schemas.rollout_servers.server_slots import unshared_slots
 from broker_schemas.rollout_servers.vllm_http import VllmServer
 from configs import RunConfig
-from producers.hf_backend import HfBackend, HfBackendSettings
+from producers.hf_backend import HfBackend
 from producers.rollout_backend import DecodingSettings
-from producers.vllm_backend import VllmBackend, VllmBackendSettings
+from producers.vllm_backend import VllmBackend
 from producers.vllm_client import RetrySettings
 from producers.vllm_servers import ServerFleet
 from rollstream.datasets.scenes import make_scenes
@@ -32,6 +32,7 @@ from rollstream.models.tiny_model import make_tiny_model
 from rollstream.vllm.plan import ServeOptions, ServerPlan, plan_servers
 from rollstream.vllm.serving import VllmProcess, vllm_python
 from tests.builders.configs import load_mapping, make_mapping
+from tests.builders.settings import decoding_settings, hf_backend_settings, vllm_backend_settings
 from tests.vllm.weights import publish_shaken
 
 START_TIMEOUT_S = 300.0
@@ -177,8 +178,8 @@ def make_vllm(stage: Stage, two_servers: RunningServers) -> Iterator[MakeBackend
         request_timeout_s: float = 60.0,
     ) -> VllmBackend:
         fleet = ServerFleet(doors=doors or two_servers.doors(), startup_timeout_s=60.0)
-        settings = VllmBackendSettings(
-            decoding=decoding or DecodingSettings(max_new_tokens=24),
+        settings = vllm_backend_settings(
+            decoding=decoding or decoding_settings(max_new_tokens=24),
             retry=RetrySettings(request_timeout_s=request_timeout_s),
         )
         made.append(VllmBackend(stage.prompts, stage.images, fleet, settings, unshared_slots))
@@ -194,7 +195,7 @@ def make_hf(stage: Stage) -> Callable[..., HfBackend]:
     """Makes hf backends for the same model."""
 
     def make(decoding: DecodingSettings | None = None) -> HfBackend:
-        settings = HfBackendSettings(decoding=decoding or DecodingSettings(max_new_tokens=24))
+        settings = hf_backend_settings(decoding=decoding or decoding_settings(max_new_tokens=24))
         return HfBackend(stage.prompts, stage.images, settings)
 
     return make

@@ -9,13 +9,13 @@ import pytest
 from broker_schemas.broker.policy import PublishedPolicy
 from broker_schemas.rollout_servers.server_slots import unshared_slots
 from broker_schemas.rollout_servers.vllm_http import VllmServer
-from producers.hf_backend import HfBackend, HfBackendSettings
-from producers.rollout_backend import DecodingSettings
-from producers.vllm_backend import VllmBackend, VllmBackendSettings
+from producers.hf_backend import HfBackend
+from producers.vllm_backend import VllmBackend
 from producers.vllm_client import RetrySettings
 from producers.vllm_servers import ServerFleet
 from rollstream.vllm.plan import ServedModel, plan_alone
 from rollstream.vllm.serving import VllmProcess
+from tests.builders.settings import decoding_settings, hf_backend_settings, vllm_backend_settings
 from tests.builders.trained_adapters import write_trained
 from tests.vllm.conftest import PIXELS, START_TIMEOUT_S, Stage, free_port
 
@@ -35,14 +35,14 @@ def test_adapters_of_two_versions_say_what_transformers_says(
         has_vision_adapters=True,
     )
     plan = plan_alone(served, free_port())
-    decoding = DecodingSettings(max_new_tokens=24)
-    hf = HfBackend(stage.prompts, stage.images, HfBackendSettings(decoding=decoding, base=stage.model))
+    decoding = decoding_settings(max_new_tokens=24)
+    hf = HfBackend(stage.prompts, stage.images, hf_backend_settings(decoding=decoding, base=stage.model))
     seen = []
     with VllmProcess(plan, python_with_vllm) as server:
         server.wait_until_healthy(START_TIMEOUT_S)
         door = VllmServer(plan.base_url, timeout_s=120.0, takes_adapters=True)
         fleet = ServerFleet(doors=[door], startup_timeout_s=60.0)
-        settings = VllmBackendSettings(decoding=decoding, retry=RetrySettings(request_timeout_s=120.0))
+        settings = vllm_backend_settings(decoding=decoding, retry=RetrySettings(request_timeout_s=120.0))
         vllm = VllmBackend(stage.prompts, stage.images, fleet, settings, unshared_slots)
         for number in (1, 2):
             folder = tmp_path / "policy" / f"v{number}"

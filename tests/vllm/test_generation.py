@@ -16,6 +16,7 @@ from broker_schemas.rollout_servers.server_slots import unshared_slots
 from producers.hf_backend import HfBackend
 from producers.rollout_backend import DecodingSettings, Generation
 from producers.vllm_backend import VllmBackend
+from tests.builders.settings import decoding_settings
 from tests.vllm.conftest import MakeBackend, RunningServers, Stage
 
 
@@ -47,7 +48,7 @@ def test_greedy_tokens_and_logprobs_equal_those_of_transformers(
 def test_a_repetition_penalty_acts_as_in_transformers(
     stage: Stage, make_vllm: MakeBackend, make_hf: Callable[[DecodingSettings], HfBackend]
 ) -> None:
-    decoding = DecodingSettings(max_new_tokens=24, repetition_penalty=1.3)
+    decoding = decoding_settings(max_new_tokens=24, repetition_penalty=1.3)
     vllm, hf = make_vllm(decoding), make_hf(decoding)
     policy = stage.publish(1, "generation")
     vllm.follow(policy)
@@ -79,7 +80,7 @@ def test_an_image_of_any_shape_gives_the_same_prompt_and_tokens(
 def test_sampling_depends_on_the_seed_of_each_rollout_and_not_on_its_company(
     stage: Stage, make_vllm: MakeBackend
 ) -> None:
-    decoding = DecodingSettings(max_new_tokens=16, temperature=1.0)
+    decoding = decoding_settings(max_new_tokens=16, temperature=1.0)
     vllm = make_vllm(decoding)
     vllm.follow(stage.publish(1, "generation"))
     same = [stage.samples[0]] * 4
@@ -95,7 +96,7 @@ def test_sampling_depends_on_the_seed_of_each_rollout_and_not_on_its_company(
 @pytest.mark.req("V-3")
 def test_top_k_of_one_is_greedy(stage: Stage, make_vllm: MakeBackend) -> None:
     greedy = make_vllm()
-    only_best = make_vllm(DecodingSettings(max_new_tokens=24, temperature=1.0, top_k=1))
+    only_best = make_vllm(decoding_settings(max_new_tokens=24, temperature=1.0, top_k=1))
     for backend in (greedy, only_best):
         backend.follow(stage.publish(1, "generation"))
 
@@ -108,7 +109,7 @@ def test_top_k_of_one_is_greedy(stage: Stage, make_vllm: MakeBackend) -> None:
 def test_a_rollout_ends_with_the_end_token_and_is_cut_at_the_limit(
     stage: Stage, make_vllm: MakeBackend
 ) -> None:
-    vllm = make_vllm(DecodingSettings(max_new_tokens=90, temperature=1.5))
+    vllm = make_vllm(decoding_settings(max_new_tokens=90, temperature=1.5))
     vllm.follow(stage.publish(1, "generation"))
 
     generations = vllm.generate(stage.samples * 4, list(range(len(stage.samples) * 4)))
@@ -138,7 +139,7 @@ def test_other_image_bounds_than_the_servers_are_noticed(
 def test_more_new_tokens_than_the_server_has_room_for_are_refused(
     stage: Stage, make_vllm: MakeBackend
 ) -> None:
-    vllm = make_vllm(DecodingSettings(max_new_tokens=4000))
+    vllm = make_vllm(decoding_settings(max_new_tokens=4000))
     vllm.follow(stage.publish(1, "generation"))
 
     with pytest.raises(ServerRefused, match="max_model_len"):

@@ -18,11 +18,12 @@ from broker_schemas.rollout_servers.vllm_http import VllmServer
 from broker_schemas.rollout_servers.weight_sync import load_by_path
 from broker_schemas.rollout_servers.weight_transfer import WeightTransfer
 from producers.hf_backend import HfBackend
-from producers.rollout_backend import DecodingSettings, Generation
+from producers.rollout_backend import Generation
+from tests.builders.settings import decoding_settings
 from tests.vllm.conftest import MakeBackend, RunningServers, Stage
 
 # long enough that a sync finds it in flight, however quick the machine
-LONG = DecodingSettings(max_new_tokens=400, temperature=1.0)
+LONG = decoding_settings(max_new_tokens=400, temperature=1.0)
 
 
 def ids_of(generations: list[Generation]) -> list[list[int]]:
