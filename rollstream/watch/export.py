@@ -20,6 +20,7 @@ def exporter_settings(config: RunConfig) -> ExporterSettings:
     is_async = config.variant == "stage2_async"
     return ExporterSettings(
         world_size=config.learner_world_size,
+        queue_limit=config.stage2_async.queue_limit,
         version_window=config.stage2_async.version_window if is_async else 0,
         budget_bytes=config.broker.max_bytes,
         max_steps=config.training.max_steps,

@@ -41,6 +41,7 @@ class ExporterSettings:
     """``budget_bytes``: of the run in the broker; ``max_steps``: after them no rank is expected to be up."""
 
     world_size: int
+    queue_limit: int
     version_window: int
     budget_bytes: int
     max_steps: int
@@ -64,6 +65,11 @@ def families(
     )
     window.add_metric([], settings.version_window)
     yield window
+    limit = GaugeMetricFamily(
+        "rollstream_queue_limit_packs", "Most packs that wait for a rank (stage2_async.queue_limit)."
+    )
+    limit.add_metric([], settings.queue_limit)
+    yield limit
     scheduled = GaugeMetricFamily(
         "rollstream_scheduled_b_step_ratio", "Share of B steps by schedule (stage2_ab.schedule.b_ratio)."
     )

@@ -145,5 +145,7 @@ def exported_families() -> Iterator[Any]:
         used_memory_bytes=0,
         memory_limit_bytes=0,
     )
-    settings = ExporterSettings(world_size=1, version_window=0, budget_bytes=0, max_steps=0, b_ratio=0.0)
+    settings = ExporterSettings(
+        queue_limit=8, world_size=1, version_window=0, budget_bytes=0, max_steps=0, b_ratio=0.0
+    )
     return families(snapshot, VersionLag(0), settings)

@@ -228,7 +228,9 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     assert noted_cursor(brokers["archive"]) == archive.cursor
     learner.settle_checkpoint(optimizer_step=1)
     assert read_status(brokers["operator"], 1).open_claims == 0
-    settings = ExporterSettings(world_size=1, version_window=2, budget_bytes=1, max_steps=9, b_ratio=1.0)
+    settings = ExporterSettings(
+        queue_limit=8, world_size=1, version_window=2, budget_bytes=1, max_steps=9, b_ratio=1.0
+    )
     names = {family.name for family in RunCollector(brokers["exporter"], settings).collect()}
     assert "rollstream_broker_memory_bytes" in names
 

@@ -15,7 +15,9 @@ from rollstream.watch.exporter import ExporterSettings, RunCollector
 from tests.builders.settings import claim_settings
 from tests.contract.test_transitions import match_all, pack_all, push
 
-SETTINGS = ExporterSettings(world_size=2, version_window=2, budget_bytes=1 << 20, max_steps=1, b_ratio=0.5)
+SETTINGS = ExporterSettings(
+    queue_limit=8, world_size=2, version_window=2, budget_bytes=1 << 20, max_steps=1, b_ratio=0.5
+)
 
 
 @pytest.fixture

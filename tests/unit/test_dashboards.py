@@ -36,7 +36,10 @@ PROMETHEUS = ROOT / "grafana" / "prometheus"
 KNOWN_TO_GRAFANA_ALONE = ["/annotations/list/0/titleFormat"]
 MISSING = object()
 # of every process, beside what its role declares
-PROVIDED_BY_PROMETHEUS = {"up", "ALERTS", "rollstream_build_info"}
+PROVIDED_BY_PROMETHEUS = {
+    *("up", "ALERTS", "rollstream_build_info"),
+    *("process_resident_memory_bytes", "process_cpu_seconds_total"),
+}
 
 
 PROGRAM = typer.main.get_command(app)
@@ -171,6 +174,150 @@ def test_panels_do_not_overlap_and_have_a_meaning(name: str) -> None:
         assert panel["type"] == "row" or panel["description"]
         taken |= cells
     assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+UNITS = {
+    "records": "rollouts",
+    "duplicate": "rollouts",
+    "late": "rollouts",
+    "version": "versions",
+    "jobs": "requests",
+    "failed": "requests",
+    "reissued": "requests",
+    "again": "rollouts",
+    **{
+        unit: unit
+        for unit in (
+            *("seconds", "bytes", "packs", "rollouts", "versions", "steps", "tokens", "segments", "ratio"),
+            *("requests", "producers", "events", "failures"),
+        )
+    },
+}
+
+
+def units_of(expr: str) -> set[str]:
+    """Return the units that the metrics of a query are named after, none of a quotient."""
+    if " / " in expr:
+        return set()
+    found = set()
+    for name in metric_names(expr):
+        words = re.split(r"[_:]", re.sub(r"_(total|bucket|sum|count)$", "", name))
+        found |= set([UNITS[word] for word in words if word in UNITS][-1:])
+    return found
+
+
+@pytest.mark.req("O-4")
+@pytest.mark.parametrize("name", sorted(DASHBOARDS))
+def test_an_axis_has_one_unit(name: str) -> None:
+    for panel in DASHBOARDS[name].panels:
+        units = {unit for query in panel.queries for unit in units_of(query.expr)}
+        assert len(units) <= 1, f"{panel.title}: {sorted(units)}"
+
+
+def test_two_units_on_one_axis_are_seen() -> None:
+    assert units_of("rate(rollstream_learner_tokens_total[1m])") == {"tokens"}
+    assert units_of("rate(rollstream_learner_segments_total[1m])") == {"segments"}
+    assert units_of("rollstream_waiting_jobs") != units_of("rollstream_wanted_producers")
+
+
+@pytest.mark.req("O-4")
+@pytest.mark.parametrize(
+    "limit,watched",
+    [
+        ("rollstream_queue_limit_packs", "rollstream_ready_depth_packs"),
+        ("rollstream_version_window_versions", "rollstream_learner_claim_lag_versions_sum"),
+        ("rollstream_version_window_versions", "rollstream_lag_versions_sum"),
+        ("rollstream_run_budget_bytes", "rollstream_run_bytes"),
+    ],
+)
+def test_what_has_a_limit_is_shown_with_it_as_a_dashed_red_line(limit: str, watched: str) -> None:
+    num_seen = 0
+    for dashboard in DASHBOARDS.values():
+        for panel in dashboard.to_json()["panels"]:
+            targets = {target["refId"]: metric_names(target["expr"]) for target in panel.get("targets", ())}
+            if watched not in set().union(*targets.values()) or dashboard.shifts:  # two runs: two limits
+                continue
+            [ref] = [ref for ref, names in targets.items() if names == {limit}]
+            [line] = [
+                {item["id"]: item["value"] for item in override["properties"]}
+                for override in panel["fieldConfig"]["overrides"]
+                if override["matcher"] == {"id": "byFrameRefID", "options": ref}
+            ]
+            assert line["custom.lineStyle"]["fill"] == "dash"
+            assert line["color"]["fixedColor"] == "red"
+            num_seen += 1
+    assert num_seen
+
+
+@pytest.mark.req("O-4")
+def test_shares_with_an_alert_have_its_threshold_as_a_line() -> None:
+    thresholds = {"rollstream:learner_wait:ratio5m": 0.2, "rollstream:drop_share:ratio5m": 0.1}
+    for metric, value in thresholds.items():
+        assert f"{metric} > {value}" in " ".join(alert["expr"] for alert in alerts())
+        [panel] = [
+            panel
+            for dashboard in DASHBOARDS.values()
+            for panel in dashboard.to_json()["panels"]
+            if any(metric in target["expr"] for target in panel.get("targets", ()))
+        ]
+        defaults = panel["fieldConfig"]["defaults"]
+        assert value in {step["value"] for step in defaults["thresholds"]["steps"]}
+        assert defaults["custom"]["thresholdsStyle"]["mode"] == "line"
+
+
+@pytest.mark.req("O-4")
+def test_each_producer_matcher_learner_and_rank_has_a_row_of_its_own() -> None:
+    written = DASHBOARDS["processes"].to_json()
+    variables = {variable["name"]: variable for variable in written["templating"]["list"]}
+    rows = [panel for panel in written["panels"] if panel["type"] == "row"]
+    assert [row["repeat"] for row in rows] == ["producer", "matcher", "learner", "rank"]
+    row = ""
+    for panel in written["panels"]:
+        row = panel.get("repeat", row)
+        assert variables[row]["multi"]
+        assert variables[row]["includeAll"]
+        assert panel["type"] == "row" or f'=~"${row}"' in panel["targets"][0]["expr"], panel["title"]
+    assert all('run="$run"' in variables[row["repeat"]]["query"]["query"] for row in rows)
+
+
+@pytest.mark.req("O-4")
+def test_two_runs_are_asked_the_same_and_the_other_one_is_moved_in_time() -> None:
+    written = DASHBOARDS["comparison"].to_json()
+    assert {"run", "other", "shift"} <= {variable["name"] for variable in written["templating"]["list"]}
+    panels = [panel for panel in written["panels"] if panel["type"] != "row"]
+    assert panels
+    for panel in panels:
+        mine, other = (target["expr"] for target in panel["targets"])
+        assert other.count("offset $shift") == len(re.findall(r"\$other", other)) > 0
+        assert other.replace(" offset $shift", "").replace("$other", "$run") == mine
+
+
+@pytest.mark.req("O-4")
+def test_what_fires_is_listed_with_the_remedy_of_its_rule_and_a_link_to_the_runbook() -> None:
+    # given
+    overview = DASHBOARDS["overview"].to_json()
+    [table] = [panel for panel in overview["panels"] if panel["type"] == "table"]
+    [column] = table["fieldConfig"]["overrides"]
+    told = {item["id"]: item["value"] for item in column["properties"]}
+    # then a row a firing alert, in whose column the alert's name is told as its remedy
+    assert 'alertstate="firing", run="$run"' in table["targets"][0]["expr"]
+    assert f'"{column["matcher"]["options"]}", "$1", "alertname"' in table["targets"][0]["expr"]
+    assert table["targets"][0]["format"] == "table"
+    shown = {name: shown["text"] for name, shown in told["mappings"][0]["options"].items()}
+    assert shown == {alert["alert"]: alert["annotations"]["remedy"] for alert in alerts()}
+    assert told["links"][0]["url"] == "${runbook}"
+
+
+@pytest.mark.req("O-4")
+@pytest.mark.parametrize("name", sorted(DASHBOARDS))
+def test_a_dashboard_links_to_the_runbook_that_compose_hands_to_grafana(name: str) -> None:
+    written = DASHBOARDS[name].to_json()
+    [address] = [v["query"] for v in written["templating"]["list"] if v["name"] == "runbook"]
+    assert "${runbook}" in [link["url"] for link in written["links"]]
+    volumes = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["grafana"][
+        "volumes"
+    ]
+    assert f"./docs/RUNBOOK.md:/usr/share/grafana{address}:ro" in volumes
 
 
 @pytest.mark.req("O-4")

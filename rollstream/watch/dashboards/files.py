@@ -6,11 +6,19 @@ import json
 from pathlib import Path
 from typing import Final
 
+from rollstream.watch.dashboards.comparison import COMPARISON
 from rollstream.watch.dashboards.learning import LEARNING
 from rollstream.watch.dashboards.overview import OVERVIEW
+from rollstream.watch.dashboards.processes import PROCESSES
 from rollstream.watch.dashboards.queue import QUEUE
 
-DASHBOARDS: Final = {"overview": OVERVIEW, "queue": QUEUE, "learning": LEARNING}
+DASHBOARDS: Final = {
+    "overview": OVERVIEW,
+    "queue": QUEUE,
+    "learning": LEARNING,
+    "processes": PROCESSES,
+    "comparison": COMPARISON,
+}
 
 
 def dashboard_files() -> dict[Path, str]:

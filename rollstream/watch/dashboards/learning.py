@@ -10,7 +10,9 @@ from rollstream.watch.dashboards.queries import (
     OBJECTS_A_SECOND,
     PACKS_A_SECOND,
     ROLLOUTS_A_SECOND,
+    SEGMENTS_A_SECOND,
     STEPS_A_SECOND,
+    TOKENS_A_SECOND,
     mean,
     rank_rate,
     series,
@@ -69,6 +71,19 @@ _LOSSES = Row(
                 ),
             ),
         ),
+        Panel(
+            title="Rounds of evaluation",
+            meaning="Policy version of the last round by the producers, and the one in force.",
+            queries=(
+                Query(f"max({series('rollstream_evaluated_policy_version')})", "evaluated"),
+                Query(f"max({series('rollstream_policy_version')})", "in force"),
+            ),
+        ),
+        Panel(
+            title="Round under way",
+            meaning="Results that are there already.",
+            queries=(Query(f"max({series('rollstream_evaluation_waiting_records')})", "results"),),
+        ),
     ),
 )
 
@@ -91,26 +106,35 @@ _STEPS = Row(
             ),
         ),
         Panel(
-            title="Segments and tokens",
+            title="Segments",
             meaning="Trained a second, by kind.",
-            unit=EVENTS_A_SECOND,
-            queries=(
-                Query(rank_rate("rollstream_learner_segments_total", by="kind"), "segments {{kind}}"),
-                Query(rank_rate("rollstream_learner_tokens_total", by="kind"), "tokens {{kind}}"),
-            ),
+            unit=SEGMENTS_A_SECOND,
+            queries=(Query(rank_rate("rollstream_learner_segments_total", by="kind"), "{{kind}}"),),
+        ),
+        Panel(
+            title="Tokens",
+            meaning="Trained a second, by kind.",
+            unit=TOKENS_A_SECOND,
+            queries=(Query(rank_rate("rollstream_learner_tokens_total", by="kind"), "{{kind}}"),),
         ),
         Panel(
             title="Learner waiting",
-            meaning="Share of its time, over five minutes.",
+            meaning="Share of its time, over five minutes. At the line LearnerWaiting fires.",
+            steps=((None, "green"), (0.2, "orange")),
             unit="percentunit",
             queries=(Query(series("rollstream:learner_wait:ratio5m"), "waits"),),
         ),
         Panel(
-            title="Published and saved",
-            meaning="Policy version published, and steps that a checkpoint covers.",
+            title="Published",
+            meaning="Policy version last published.",
+            queries=(Query(f"max({series('rollstream_learner_policy_version')})", "policy version"),),
+        ),
+        Panel(
+            title="Saved",
+            meaning="Optimizer steps that a checkpoint covers, and those that are committed.",
             queries=(
-                Query(f"max({series('rollstream_learner_policy_version')})", "policy version"),
-                Query(f"max({series('rollstream_learner_checkpoint_steps')})", "steps in checkpoint"),
+                Query(f"max({series('rollstream_learner_checkpoint_steps')})", "in a checkpoint"),
+                Query(f"max({series('rollstream_committed_steps_total')})", "committed"),
             ),
         ),
         Panel(

@@ -15,11 +15,17 @@ from rollstream.watch.dashboards.queries import (
     series,
     sum_rate,
 )
+from rollstream.watch.dashboards.remedies import REMEDIES
 
 _BAD_BELOW_ONE: Final = ((None, "red"), (1.0, "green"))
 _BAD_AT_ZERO: Final = ((None, "red"), (1.0, "green"))
 _BAD_ABOVE_ZERO: Final = ((None, "green"), (1.0, "red"))
 
+# a column of its own for the remedy, which the table tells by the alert's name
+FIRING: Final = (
+    'max by (alertname, severity, remedy) (label_replace(ALERTS{alertstate="firing", run="$run"}, '
+    '"remedy", "$1", "alertname", "(.+)"))'
+)
 F1: Final = 'metric="eval_rollout_f1"'
 
 _HEALTH = Row(
@@ -109,6 +115,21 @@ _HEALTH = Row(
     ),
 )
 
+_FIRING = Row(
+    "What fires, and what to do",
+    (
+        Panel(
+            title="Firing alerts",
+            meaning="Alerts of this run that fire now, with their remedy; a click on it opens the runbook.",
+            kind="table",
+            width=24,
+            height=6,
+            remedies=REMEDIES,
+            queries=(Query(FIRING),),
+        ),
+    ),
+)
+
 _BOTTLENECK = Row(
     "Where is the bottleneck?",
     (
@@ -131,12 +152,11 @@ _BOTTLENECK = Row(
         ),
         Panel(
             title="Waiting in front of each stage",
-            meaning="Entries. What grows is in front of the stage that is too slow.",
+            meaning="Rollouts. What grows is in front of the stage that is too slow; the learner's: below.",
             queries=(
                 Query(series("rollstream_in_flight_rollouts"), "producers"),
                 Query(series("rollstream_stream_length_records", 'stream="segments"'), "matchers"),
                 Query(series("rollstream_stream_length_records", 'stream="matched"'), "packer"),
-                Query(f"sum({series('rollstream_ready_depth_packs')})", "learner (packs)"),
             ),
         ),
         Panel(
@@ -157,8 +177,11 @@ _BOTTLENECK = Row(
         ),
         Panel(
             title="Ready depth of each rank",
-            meaning="Packs that wait; zero for long means that B steps are skipped.",
-            queries=(Query(series("rollstream_ready_depth_packs"), "rank {{rank}}"),),
+            meaning="Packs that wait; zero for long: B steps are skipped; at the limit the oldest goes.",
+            queries=(
+                Query(series("rollstream_ready_depth_packs"), "rank {{rank}}"),
+                Query(series("rollstream_queue_limit_packs"), "limit", is_limit=True),
+            ),
         ),
         Panel(
             title="Time of one piece of work",
@@ -180,12 +203,16 @@ _MEANS = Row(
     (
         Panel(
             title="Producers wanted",
-            meaning="Producers that could work at once, those that are up, and jobs that wait for one.",
+            meaning="Producers that could work at once, and those that are up.",
             queries=(
                 Query(series("rollstream_wanted_producers"), "wanted"),
                 Query(series("rollstream:producers_up:sum"), "up"),
-                Query(series("rollstream_waiting_jobs"), "jobs waiting"),
             ),
+        ),
+        Panel(
+            title="Jobs that wait",
+            meaning="Requests that no producer has taken yet.",
+            queries=(Query(series("rollstream_waiting_jobs"), "jobs"),),
         ),
         Panel(
             title="Time to stale",
@@ -217,7 +244,7 @@ _BROKER = Row(
             unit="bytes",
             queries=(
                 Query(series("rollstream_run_bytes"), "run"),
-                Query(series("rollstream_run_budget_bytes"), "budget"),
+                Query(series("rollstream_run_budget_bytes"), "budget", is_limit=True),
                 Query(series("rollstream_broker_memory_bytes"), "server"),
             ),
         ),
@@ -249,5 +276,5 @@ OVERVIEW: Final = Dashboard(
     uid="rollstream-overview",
     title="rollstream: overview",
     meaning="Is the run healthy, and where is the bottleneck?",
-    rows=(_HEALTH, _BOTTLENECK, _MEANS, _BROKER),
+    rows=(_HEALTH, _FIRING, _BOTTLENECK, _MEANS, _BROKER),
 )

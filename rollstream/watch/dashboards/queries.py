@@ -6,6 +6,7 @@ from typing import Final
 
 ROLLOUTS_A_SECOND: Final = "suffix: rollouts/s"
 TOKENS_A_SECOND: Final = "suffix: tokens/s"
+SEGMENTS_A_SECOND: Final = "suffix: segments/s"
 STEPS_A_SECOND: Final = "suffix: steps/s"
 PACKS_A_SECOND: Final = "suffix: packs/s"
 OBJECTS_A_SECOND: Final = "suffix: objects/s"

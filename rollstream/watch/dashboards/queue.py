@@ -17,13 +17,18 @@ from rollstream.watch.dashboards.queries import (
     sum_rate,
 )
 
+WINDOW: Final = Query(series("rollstream_version_window_versions"), "window", is_limit=True)
+
 _DEPTH = Row(
     "Depth and age",
     (
         Panel(
             title="Ready depth of each rank",
-            meaning="Packs that wait for a learner rank.",
-            queries=(Query(series("rollstream_ready_depth_packs"), "rank {{rank}}"),),
+            meaning="Packs that wait for a learner rank; at the limit the oldest is dropped.",
+            queries=(
+                Query(series("rollstream_ready_depth_packs"), "rank {{rank}}"),
+                Query(series("rollstream_queue_limit_packs"), "limit", is_limit=True),
+            ),
         ),
         Panel(
             title="Length of the streams",
@@ -50,12 +55,14 @@ _DEPTH = Row(
             queries=(Query(series("rollstream_generation_steps"), "generation"),),
         ),
         Panel(
-            title="Open claims and packer's buffer",
-            meaning="Steps claimed and not covered by a checkpoint; segments the packer holds.",
-            queries=(
-                Query(series("rollstream_open_claims_steps"), "open claims"),
-                Query(series("rollstream_pack_buffer_segments"), "pack buffer"),
-            ),
+            title="Open claims",
+            meaning="Steps claimed and not covered by a checkpoint.",
+            queries=(Query(series("rollstream_open_claims_steps"), "steps"),),
+        ),
+        Panel(
+            title="Packer's buffer",
+            meaning="Segments the packer holds.",
+            queries=(Query(series("rollstream_pack_buffer_segments"), "segments"),),
         ),
         Panel(
             title="Consumer groups",
@@ -76,7 +83,7 @@ _LAG = Row(
             meaning="Policy versions behind; above the window nothing may be trained on.",
             queries=(
                 Query(mean("rollstream_lag_versions", by="stage"), "{{stage}}"),
-                Query(series("rollstream_version_window_versions"), "window"),
+                WINDOW,
             ),
         ),
         Panel(
@@ -85,6 +92,7 @@ _LAG = Row(
             queries=(
                 Query(mean("rollstream_learner_claim_lag_versions", over="max"), "mean"),
                 Query(quantile(0.9, "rollstream_learner_claim_lag_versions"), "p90"),
+                WINDOW,
             ),
         ),
         Panel(
@@ -148,7 +156,8 @@ _LOST = Row(
         ),
         Panel(
             title="Share dropped",
-            meaning="Dropped of pushed, over five minutes; the alert is at a tenth.",
+            meaning="Dropped of pushed, over five minutes; at the line DropsRising fires.",
+            steps=((None, "green"), (0.1, "orange")),
             unit="percentunit",
             queries=(Query(series("rollstream:drop_share:ratio5m"), "dropped"),),
         ),
@@ -159,12 +168,19 @@ _WORK = Row(
     "Requests and upkeep",
     (
         Panel(
-            title="Requests",
-            meaning="Rollouts asked for a second, requests run again, given up; entries that are no job.",
+            title="Asked for",
+            meaning="Rollouts a second that are asked for, and those asked for again.",
+            unit=ROLLOUTS_A_SECOND,
+            queries=(
+                Query(sum_rate("rollstream_rollouts_requested_total"), "asked for"),
+                Query(sum_rate("rollstream_rollouts_asked_again_total"), "asked again"),
+            ),
+        ),
+        Panel(
+            title="Requests in trouble",
+            meaning="A second: run again, given up, and entries that are no job.",
             unit=EVENTS_A_SECOND,
             queries=(
-                Query(sum_rate("rollstream_rollouts_requested_total"), "rollouts asked for"),
-                Query(sum_rate("rollstream_rollouts_asked_again_total"), "asked again"),
                 Query(sum_rate("rollstream_requests_reissued_total"), "requests run again"),
                 Query(sum_rate("rollstream_requests_failed_total", by="reason"), "given up: {{reason}}"),
                 Query(sum_rate("rollstream_broken_jobs_total"), "no job, in the queue"),
@@ -173,13 +189,18 @@ _WORK = Row(
         ),
         Panel(
             title="Generation",
-            meaning="Seconds for one chunk, and failures to load new weights.",
+            meaning="Seconds for one chunk.",
             unit="s",
             queries=(
                 Query(quantile(0.5, "rollstream_generation_seconds"), "p50"),
                 Query(quantile(0.9, "rollstream_generation_seconds"), "p90"),
-                Query(series("rollstream:sync_failures:increase5m"), "sync failures in 5 min"),
             ),
+        ),
+        Panel(
+            title="Weights that could not be loaded",
+            meaning="Failures within five minutes; from the line on SyncFailing fires.",
+            steps=((None, "green"), (1.0, "red")),
+            queries=(Query(series("rollstream:sync_failures:increase5m"), "failures"),),
         ),
         Panel(
             title="Group idle, archive behind",
@@ -191,12 +212,16 @@ _WORK = Row(
             ),
         ),
         Panel(
-            title="Archive",
-            meaning="Events a second and size on disk.",
-            queries=(
-                Query(sum_rate("rollstream_archived_events_total"), "events/s"),
-                Query(f"{series('rollstream_archive_size_bytes')} / 1e6", "MB"),
-            ),
+            title="Archived",
+            meaning="Events a second.",
+            unit="suffix: events/s",
+            queries=(Query(sum_rate("rollstream_archived_events_total"), "events"),),
+        ),
+        Panel(
+            title="Size of the archive",
+            meaning="Bytes on disk.",
+            unit="bytes",
+            queries=(Query(series("rollstream_archive_size_bytes"), "archive"),),
         ),
     ),
 )
