@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
+from broker_schemas.broker.evaluation_rounds import read_evaluation_state, read_numbers
 from broker_schemas.broker.event_log import read_events
 from broker_schemas.broker.status import RunStatus, read_status
 from broker_schemas.records.events import LogEvent, event_from_entry
@@ -19,6 +20,7 @@ from rollstream.watch.version_lag import end_of_log
 
 LATEST_EVENTS: Final = 2000
 LATEST_STEPS: Final = 500
+SHOWN_METRIC: Final = "eval_rollout_f1"
 
 
 def sample_of(
@@ -82,6 +84,7 @@ class BrokerWatch:
         self._is_own_server = is_own_server
         self._cursor = ""
         self._lag = GeneratedLag(-1)
+        self._evaluated: tuple[int, Row] = (0, {})
         self.steps = Steps()
 
     def sample(self, roles: Sequence[Row], *, time_ms: int) -> Row:
@@ -94,13 +97,34 @@ class BrokerWatch:
         self._cursor = events[-1].event_id if events else self._cursor
         self._lag.fold(events)
         self.steps.add(events)
-        return sample_of(
+        sample = sample_of(
             read_status(self._broker, self._world_size),
             roles,
             time_ms=time_ms,
             lag_generated_mean=self._lag.mean,
             broker_bytes=self._memory_bytes() if self._is_own_server else None,
         )
+        return sample | self._evaluation()
+
+    def _evaluation(self) -> Row:
+        """Return the latest round of evaluation and the numbers of the last settled one; {} without any."""
+        state = read_evaluation_state(self._broker)
+        if not state.policy_version:
+            return {}
+        if state.settled != self._evaluated[0]:
+            numbers = read_numbers(self._broker)
+            told = [
+                {"evaluated_version": each.policy_version, "f1": each.metrics.get(SHOWN_METRIC)}
+                for each in numbers[-1:]
+            ]
+            self._evaluated = (state.settled, told[0] if told else {})
+        now = {
+            "policy_version": state.policy_version,
+            "asked": state.num_asked,
+            "outstanding": state.num_outstanding,
+            "is_settled": state.settled >= state.policy_version,
+        }
+        return {"evaluation": now | self._evaluated[1]}
 
     def _latest_events(self) -> list[LogEvent]:
         with broker_errors("reading the end of the log"):

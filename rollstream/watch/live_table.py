@@ -157,6 +157,7 @@ def render_live(
         flow_table(sample, settings.queue_limit),
         _numbers(samples, steps),
         _losses(sample),
+        *_evaluation(sample),
         _role_line(sample),
     ]
     title = " · ".join(
@@ -285,6 +286,23 @@ def _losses(sample: Row) -> RenderableType:
     text.append("duplicates ", style="dim")
     text.append(whole(count(sample, "duplicates")))
     return text
+
+
+def _evaluation(sample: Row) -> list[RenderableType]:
+    """Show the round of evaluation that is under way, and what the last one gave, if any."""
+    told = sample.get("evaluation")
+    if not isinstance(told, Mapping):
+        return []
+    text = Text.assemble(("evaluation ", "dim"))
+    if not told.get("is_settled"):
+        asked, outstanding = count(told, "asked") or 0, count(told, "outstanding") or 0
+        text.append(f"of v{whole(count(told, 'policy_version'))}: ")
+        text.append(f"{max(asked - outstanding, 0)} of {asked} asked are answered  ")
+    evaluated = count(told, "evaluated_version")
+    if evaluated is not None:
+        text.append(f"v{evaluated} ", style="dim")
+        text.append(f"F1 {percent(number(told, 'f1'))}", style="bold")
+    return [text]
 
 
 def _role_line(sample: Row) -> RenderableType:

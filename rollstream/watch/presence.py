@@ -18,7 +18,7 @@ from rollstream.history.log_samples import Row
 if TYPE_CHECKING:
     import redis
 
-PLACES: Final = ("archive", "packer", "dispatcher", "learner")
+PLACES: Final = ("archive", "packer", "dispatcher", "evaluator", "learner")
 HEARD_WITHIN_MS: Final = 60_000
 _WORKERS_OF_QUEUE: Final = "rq:workers:{}"
 

@@ -16,10 +16,12 @@ from rich.console import Console
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.evaluation_rounds import settle_evaluation
 from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.lease import Lease
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.errors import BrokerRefused, ConfigError
+from broker_schemas.records.evaluation_state import ROUND_SPAN, EvaluationNumbers
 from rollstream.commands.program import main
 from rollstream.history.archive import ArchiveWriter
 from rollstream.run_folder import RunFolder
@@ -104,6 +106,31 @@ def test_a_configuration_alone_shows_queue_steps_and_who_is_there(
     assert "matcher ●" in text
     assert "producer ○" in text  # none is there, and the run wants some
     assert "producer 0 is away" in text
+
+
+@pytest.mark.req("O-1", "L-8")
+def test_a_round_of_evaluation_and_its_evaluator_are_seen(server: tuple[str, int], config: Path) -> None:
+    # given a round that has answers for two of its five, and one before it that is settled
+    broker = a_run(server[0])
+    Lease.take(broker, "evaluator", lease_ms=60_000)
+    keys = broker.keys
+    broker.client.hset(keys.named("evaluation"), mapping={"cursor": 4 * ROUND_SPAN, "settled": 0})
+    numbers = EvaluationNumbers(
+        optimizer_step=4, policy_version=4, highest_policy_version=4, metrics={"eval_rollout_f1": 0.625}
+    )
+    assert settle_evaluation(broker, numbers, num_results=0, entry_ids=())
+    with live_view(find_run(config)) as view:
+        settled = shown(view)
+    broker.client.hset(keys.named("evaluation"), "cursor", 8 * ROUND_SPAN + 5)
+    broker.client.hset(keys.named("counters"), "evaluation_open_records", 3)
+    broker.close()
+    # when
+    with live_view(find_run(config)) as view:
+        text = shown(view)
+    # then
+    assert "evaluation v4 F1 62.5%" in settled
+    assert "evaluation of v8: 2 of 5 asked are answered  v4 F1 62.5%" in text
+    assert "evaluator ●" in text
 
 
 @pytest.mark.req("O-3")
