@@ -7,30 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from configs.problems import KeyPath, Problem, ProblemsFound, Source
-from configs.source_lines import SourceTree, parse_yaml, read_yaml_file
+from configs.source_lines import MAX_DEPTH, MAX_VALUES, SourceTree, parse_yaml, read_yaml_file
 
 EXTENDS_KEY = "extends"
 OVERRIDE_NAME = "override"
+MAX_FILES = 16
+MAX_NAME_CHARS = 80
 Sources = dict[KeyPath, Source]
 
 
-def read_with_extends(path: Path, *, above: tuple[Path, ...] = ()) -> SourceTree:
+def read_with_extends(path: Path, *, above: tuple[Path, ...] = (), num_above: int = 0) -> SourceTree:
     """Read `path` and the files that it extends; the extending file wins, key by key.
 
-    `above` are the files that led here. Raises `ProblemsFound` for an unreadable file or a cycle.
+    `above` are the files that led here, `num_above` the values in them.
+    Raises `ProblemsFound` for an unreadable file, a cycle, or more files or values than a configuration has.
     """
     tree = read_yaml_file(path)
     base_name = tree.mapping.pop(EXTENDS_KEY, None)
     source = tree.sources.pop((EXTENDS_KEY,), None)
     if source is None:
         return tree
-    problem = _extends_fault(path, base_name, above)
+    num_values = num_above + len(tree.sources)
+    problem = _extends_fault(path, base_name, above, num_values)
     if problem is not None:
         raise ProblemsFound(
             [*tree.problems, Problem(message=problem, paths=((EXTENDS_KEY,),), source=source)]
         )
     try:
-        base = read_with_extends(path.parent / base_name, above=(*above, path.resolve()))
+        base = read_with_extends(
+            path.parent / base_name, above=(*above, path.resolve()), num_above=num_values
+        )
     except ProblemsFound as found:
         told = Problem(message=f"cannot use {base_name}", paths=((EXTENDS_KEY,),), source=source)
         raise ProblemsFound([*tree.problems, told, *found.problems]) from found
@@ -38,11 +44,13 @@ def read_with_extends(path: Path, *, above: tuple[Path, ...] = ()) -> SourceTree
     return base
 
 
-def _extends_fault(path: Path, base_name: Any, above: tuple[Path, ...]) -> str | None:
+def _extends_fault(path: Path, base_name: Any, above: tuple[Path, ...], num_values: int) -> str | None:
     if not isinstance(base_name, str) or not base_name:
         return f"got {base_name!r}, expected the name of one YAML file, relative to this file"
     base = (path.parent / base_name).resolve()
     chain = (*above, path.resolve())
+    if len(chain) >= MAX_FILES or num_values > MAX_VALUES:
+        return f"more than {MAX_FILES} files or {MAX_VALUES} values extend each other; join some of them"
     if base in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(base) :], base))
         return f"files extend each other in a circle: {circle}"
@@ -92,10 +100,13 @@ def apply_overrides(tree: SourceTree, overrides: Iterable[str]) -> None:
         key_text, equals, value_text = text.partition("=")
         keys = [key.strip() for key in key_text.split(".")]
         name = f"{OVERRIDE_NAME} {key_text.strip()}"
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > MAX_DEPTH:
             message = "is not an override; write section.key=value, for example training.max_steps=10"
             tree.problems.append(
-                Problem(message=message, source=Source(file=f"{OVERRIDE_NAME} {key_text!r}", line=0))
+                Problem(
+                    message=message,
+                    source=Source(file=f"{OVERRIDE_NAME} {key_text[:MAX_NAME_CHARS]!r}", line=0),
+                )
             )
             continue
         try:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 KeyPath = tuple[str | int, ...]
+MAX_LINES = 100
+MAX_LINE_CHARS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,22 +52,29 @@ def dotted(path: KeyPath) -> str:
 
 
 def render(file: str, problems: Iterable[Problem]) -> str:
-    """One report: a headline, then one line per problem in the order of file and line."""
-    lines = problem_lines(file, problems)
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    return "\n".join([f"{file}: {count}", *(f"  {line}" for line in lines)])
+    """One report: a headline, then one line per problem in the order of file and line, the first hundred."""
+    found = list(problems)
+    count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+    return "\n".join([f"{file}: {count}", *(f"  {line}" for line in problem_lines(file, found))])
 
 
 def problem_lines(file: str, problems: Iterable[Problem]) -> list[str]:
-    """The problems as text, those of `file` first, each led by where it was written and its key path."""
+    """The problems as text, those of `file` first, each led by where it was written and its key path.
+
+    After `MAX_LINES` of them a last line says how many more there are; long lines are cut.
+    """
 
     def order(problem: Problem) -> tuple[bool, str, int, str]:
         source = problem.source or Source(file=file, line=0)
         return (source.file != file, source.file, source.line, problem.message)
 
     lines = []
-    for problem in sorted(problems, key=order):
+    ordered = sorted(problems, key=order)
+    for problem in ordered[:MAX_LINES]:
         where = str(problem.source) if problem.source else file
         key = f"{dotted(problem.paths[0])}: " if problem.paths else ""
-        lines.append(f"{where}: {key}{problem.message}")
+        line = f"{where}: {key}{problem.message}"
+        lines.append(line if len(line) <= MAX_LINE_CHARS else line[:MAX_LINE_CHARS] + "...")
+    if len(ordered) > MAX_LINES:
+        lines.append(f"and {len(ordered) - MAX_LINES} more; mend these first")
     return lines

@@ -15,6 +15,7 @@ from configs.section import Section
 
 NUM_SUGGESTIONS = 3
 MAX_LISTED = 12
+MAX_KEY_CHARS = 64  # looking for a similar name costs the product of the lengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ def is_section(path: tuple[str, ...]) -> bool:
 def did_you_mean(path: tuple[str, ...]) -> str:
     """Advice for an unknown key: the same name elsewhere, else similar names beside it, else all of those."""
     *parents, name = path
+    if len(name) > MAX_KEY_CHARS:
+        return "docs/CONFIG.md lists every key"
     elsewhere = [key.name for key in schema_keys() if key.path[-1] == name]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere[:NUM_SUGGESTIONS])}?"

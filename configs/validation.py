@@ -21,6 +21,7 @@ from configs.source_lines import SourceTree
 PLACEHOLDER = re.compile(r"^<[^<>|]+>$")
 EXACT_KEY: tuple[str, ...] = ("stage2_ab", "schedule", "b_ratio")
 MAX_SHOWN_CHARS = 80
+MAX_ADVISED = 100  # faults with advice of their own: looking for what was meant takes milliseconds each
 # Stand-ins for required keys that are missing or wrong, so that the other keys can still be checked
 # against each other; a problem that looks at a stand-in is never told.
 STAND_INS: dict[KeyPath, Any] = {
@@ -63,7 +64,8 @@ def _build(mapping: dict[str, Any], broken: list[KeyPath]) -> tuple[RunConfig | 
     try:
         return RunConfig.model_validate(mapping), []
     except ValidationError as exc:
-        problems = [_problem(error) for error in exc.errors()]
+        errors = exc.errors()
+        problems = [_problem(error, may_advise=place < MAX_ADVISED) for place, error in enumerate(errors)]
     problems = [p for p in problems if not any(p.paths[0][: len(bad)] == bad for bad in broken)]
     for problem in problems:
         _remove(mapping, problem.paths[0])
@@ -75,12 +77,13 @@ def _build(mapping: dict[str, Any], broken: list[KeyPath]) -> tuple[RunConfig | 
         return None, problems
 
 
-def _problem(error: ErrorDetails) -> Problem:
+def _problem(error: ErrorDetails, *, may_advise: bool) -> Problem:
     path: KeyPath = error["loc"]
     names = _key_of(path)
     if error["type"] == "extra_forbidden":
         holding = f" (holding {', '.join(error['input'])})" if isinstance(error["input"], dict) else ""
-        return Problem(message=f"unknown key{holding}; {did_you_mean(names)}", paths=(path,))
+        advice = did_you_mean(names) if may_advise else "docs/CONFIG.md lists every key"
+        return Problem(message=f"unknown key{holding}; {advice}", paths=(path,))
     key = find_key(names)
     meaning = f" ({key.info.description})" if key is not None and key.info.description else ""
     if error["type"] == "missing":

@@ -25,6 +25,7 @@ class Audit:
 
     ``undone`` is empty unless a broker crashed and lost what it had acknowledged: then the sums are those of
     the log as it went on, and it says what that log no longer knows.
+    ``broker_not_asked`` says why the sums are those of the archive alone; empty where the broker was asked.
     """
 
     asked: int
@@ -42,6 +43,7 @@ class Audit:
     trained_share_by_length: dict[str, float]
     faults: list[str]
     undone: dict[str, Any] = field(default_factory=dict)
+    broker_not_asked: str = ""
     ledger: Ledger = field(repr=False)
 
     @property
@@ -85,6 +87,8 @@ class Audit:
             "trained_share_by_length_tokens": self.trained_share_by_length,
             "faults": self.faults,
             "undone": self.undone,
+            "log": "archive" if self.broker_not_asked else "archive and broker",
+            "broker_not_asked": self.broker_not_asked,
         }
 
 

@@ -51,10 +51,19 @@ def render_audit(audit: Audit) -> RenderableType:
         shown = ", ".join(f"{bucket}: {share:.0%}" for bucket, share in sorted(shares))
         table.add_row("share trained by length_tokens", plain(shown))
     verdict = Text("balanced", "green") if audit.balanced else Text("NOT balanced", "red")
-    lines = [*_undone_lines(audit.undone), *audit.faults[:SHOWN_FAULTS]]
+    lines = [*_log_lines(audit), *_undone_lines(audit.undone), *audit.faults[:SHOWN_FAULTS]]
     if len(audit.faults) > SHOWN_FAULTS:
         lines.append(f"and {len(audit.faults) - SHOWN_FAULTS} more faults; --json has them all")
     return Group(table, verdict, *map(plain, lines))
+
+
+def _log_lines(audit: Audit) -> list[str]:
+    if not audit.broker_not_asked:
+        return []
+    return [
+        f"from the archive alone, the broker was not asked: {audit.broker_not_asked}. What it holds beyond "
+        "the archive is not in the sums, and its counters and claims were not compared"
+    ]
 
 
 def _undone_lines(undone: Mapping[str, Any]) -> list[str]:

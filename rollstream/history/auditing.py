@@ -8,7 +8,8 @@ from pathlib import Path
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress, broker_errors
-from broker_schemas.errors import BrokerError, ConfigError, DataError
+from broker_schemas.errors import BrokerError, BrokerUnavailable, ConfigError, DataError
+from configs import load_config
 from rollstream.history.agreement import (
     BrokerSums,
     checkpoint_faults,
@@ -21,18 +22,21 @@ from rollstream.history.archive_reading import PayloadIndex
 from rollstream.history.audit import Audit, WholeLog, take_audit
 from rollstream.run_folder import RunFolder, latest_steps, read_json_lines, read_json_map
 from rollstream.staged_folder import write_atomically
+from rollstream.wiring import access
 
 
 def audit_run(path: Path) -> Audit:
     """Return the audit of the run in ``path``: the log balanced, and compared with all that knows of it.
 
-    Raises ConfigError where there is no log at all, DataError for files that are another program's.
+    Raises ConfigError where there is no log at all, BrokerError where only a broker that cannot be asked
+    has it, DataError for files that are another program's.
     """
     folder = RunFolder.existing(path)
-    broker = running_broker(folder)
+    broker, not_asked = reach_broker(folder)
     if broker is None and not folder.archive_dir.exists():
-        raise ConfigError(
-            f"run folder {path}: no archive and no running broker, so there is no log to audit; "
+        error = BrokerUnavailable if folder.broker.exists() else ConfigError
+        raise error(
+            f"run folder {path}: no archive, and no broker to ask ({not_asked}), so no log to audit; "
             "start the stack again, or keep archive.enabled on"
         )
     rows = latest_steps(read_json_lines(folder.train_log))  # first: what it has, the log has by then
@@ -53,7 +57,7 @@ def audit_run(path: Path) -> Audit:
     if folder.archive_dir.exists():
         payloads = PayloadIndex(folder.archive_dir)
         faults += [*payloads.faults, *payload_faults(audit.ledger, payloads)]
-    return replace(audit, faults=faults)
+    return replace(audit, faults=faults, broker_not_asked=not_asked)
 
 
 def read_sums(broker: Broker) -> BrokerSums:
@@ -79,14 +83,34 @@ def keep_audit(path: Path, audit: Audit) -> None:
 
 def running_broker(folder: RunFolder) -> Broker | None:
     """Return the broker of a running stack; None when it is down: the archive has the log then."""
+    return reach_broker(folder)[0]
+
+
+def reach_broker(folder: RunFolder) -> tuple[Broker | None, str]:
+    """Return the broker that the run folder names, with "", or None and why nobody can be asked there.
+
+    Raises DataError for a file that names no broker.
+    """
     if not folder.broker.exists():
-        return None
+        return None, "no stack is running"
     url = (read_json_map(folder.broker) or {}).get("url")
     if not isinstance(url, str):
         raise DataError(
             f"{folder.broker}: names no url, expected the one of the run's broker; remove the file"
         )
     try:
-        return Broker.connect(folder.name, BrokerAddress(url=url, retries=0), socket_timeout_s=5)
-    except BrokerError:
-        return None
+        address = replace(_address(folder, url), retries=0)
+        return Broker.connect(folder.name, address, socket_timeout_s=5), ""
+    except (BrokerError, ConfigError) as exc:  # away, or it refuses us; also a credential we were not given
+        return None, " ".join(str(exc).split())
+
+
+def _address(folder: RunFolder, url: str) -> BrokerAddress:
+    """Return the address with the credentials and certificates that the run's configuration names."""
+    try:
+        config = load_config(folder.resolved_config)
+    except ConfigError:  # of another version: its broker may take anybody
+        return BrokerAddress(url=url)
+    if config.broker.url is None:
+        return BrokerAddress(url=url)
+    return access.broker_address(config)

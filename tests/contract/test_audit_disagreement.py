@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import typer.testing
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.learner_door import LearnerDoor
+from broker_schemas.errors import BrokerUnavailable
 from rollstream.bench.queue_throughput import make_rollouts, push_match_and_pack
 from rollstream.commands.program import app
 from rollstream.history.archive import ArchiveWriter
@@ -228,6 +230,44 @@ def test_a_frame_that_is_no_event_is_named_with_its_place(run: RunFolder) -> Non
 
     assert done.exit_code != 0
     assert "is no event" in f"{done.exception}"
+
+
+@pytest.mark.req("Q-14", "Q-20")
+@pytest.mark.parametrize("why", ["away", "refuses", "not running"])
+def test_an_audit_from_the_archive_alone_says_so_and_why(run: RunFolder, redis_url: str, why: str) -> None:
+    if why == "not running":
+        broker_down(run)
+    else:
+        where = {"away": "unix:///nowhere.sock", "refuses": redis_url.replace("://", "://nobody:wrong@", 1)}[
+            why
+        ]
+        run.broker.write_text(json.dumps({"url": where, "pid": None}))
+    runner = typer.testing.CliRunner()
+
+    shown = runner.invoke(app, ["audit", str(run.path)])
+    told = json.loads(runner.invoke(app, ["audit", str(run.path), "--json"]).output)
+
+    assert shown.exit_code == 0
+    assert "from the archive alone, the broker was not asked: " in " ".join(shown.output.split())
+    assert told["log"] == "archive"
+    named = {"away": "connect", "refuses": "password", "not running": "no stack is running"}[why]
+    assert named in told["broker_not_asked"], told["broker_not_asked"]
+
+
+@pytest.mark.req("Q-20")
+def test_without_an_archive_a_broker_that_is_away_is_the_reason(run: RunFolder) -> None:
+    shutil.rmtree(run.archive_dir)
+    run.broker.write_text(json.dumps({"url": "unix:///nowhere.sock", "pid": None}))
+
+    with pytest.raises(BrokerUnavailable, match=r"no broker to ask \(.*nowhere"):
+        audit_run(run.path)
+
+
+@pytest.mark.req("Q-14")
+def test_an_audit_with_its_broker_says_that_it_asked(run: RunFolder) -> None:
+    told = audit_run(run.path).to_json()
+
+    assert (told["log"], told["broker_not_asked"]) == ("archive and broker", "")
 
 
 @pytest.mark.req("Q-14")
