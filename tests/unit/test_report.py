@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from broker_schemas.errors import ConfigError
-from rollstream.run_folder import RunFolder
+from rollstream.run_folder import RunFolder, read_json_lines
 from rollstream.show.drawing import GROUND_TRUTH_COLOUR, PREDICTION_COLOUR
 from rollstream.show.report import build_report, render_html, render_terminal, write_report
 from rollstream.show.report.gathering import sum_lines
@@ -263,6 +264,27 @@ def test_before_and_after_come_first_and_last_whatever_lies_between(tmp_path: Pa
 
     assert [item.label for item in data.evaluations] == ["before", "step-3", "step-20", "after"]
     assert [item.label for item in data.before_and_after] == ["before", "after"]
+
+
+def test_an_evaluation_beyond_the_end_of_training_is_the_last_one(whole_run: RunFolder) -> None:
+    after = json.loads(whole_run.evaluation("after").read_text(encoding="utf-8"))
+    later = after | {"label": "later", "optimizer_step": 87}
+    whole_run.evaluation("later").write_text(json.dumps(later), encoding="utf-8")
+
+    assert [item.label for item in build_report(whole_run).before_and_after] == ["before", "later"]
+
+
+def test_an_audit_is_dated_and_one_that_the_run_outgrew_says_so(whole_run: RunFolder) -> None:
+    # given an audit of after the run, and the same of a second before its last step
+    last_ms = max(int(row["time_ms"]) for row in read_json_lines(whole_run.train_log))
+    os.utime(whole_run.audit, (last_ms / 1000 + 60, last_ms / 1000 + 60))
+    fresh = build_report(whole_run)
+    os.utime(whole_run.audit, (last_ms / 1000 - 1, last_ms / 1000 - 1))
+    old = build_report(whole_run)
+    # then
+    assert re.fullmatch(r"as of \d{4}-\d\d-\d\d \d\d:\d\d UTC", fresh.audit_note)
+    assert "trained since: 1 steps" in old.audit_note
+    assert old.audit_note.split(";")[0] in render_html(old)
 
 
 def test_the_audit_shows_sums_parts_and_verdict() -> None:

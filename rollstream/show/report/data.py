@@ -89,7 +89,10 @@ class SumLine:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything one report shows; ``missing`` says in words what the run folder did not hold."""
+    """Everything one report shows; ``missing`` says in words what the run folder did not hold.
+
+    ``audit_note``: of when the audit is, and whether the run went on since; empty without one.
+    """
 
     run_name: str
     variant: str
@@ -101,6 +104,7 @@ class ReportData:
     samples: tuple[Row, ...]
     evaluations: tuple[Evaluation, ...]
     audit: tuple[SumLine, ...]
+    audit_note: str = ""
     missing: tuple[str, ...]
 
     @property

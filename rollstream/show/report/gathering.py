@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rollstream.run_folder import (
 from rollstream.show.drawing import Shape
 from rollstream.show.report.counting import key_numbers, number
 from rollstream.show.report.data import Evaluation, Example, ReportData, Row, SumLine
+from rollstream.show.report.phrases import started
 
 _METRIC_PREFIX = "eval_rollout_"
 _CLASS_NUMBERS = ("gt_objects", "pred_objects", "map_50", "map")
@@ -53,6 +55,7 @@ def build_report(run_folder: RunFolder | Path, logged: LoggedRun | None = None) 
         samples=tuple(samples),
         evaluations=evaluations,
         audit=_audit(folder, missing),
+        audit_note=_audit_note(folder, steps),
         missing=tuple(missing),
     )
 
@@ -160,9 +163,12 @@ def _evaluations(folder: RunFolder, config: Row, missing: list[str]) -> tuple[Ev
     return tuple(sorted(found, key=_evaluation_order))
 
 
-def _evaluation_order(item: Evaluation) -> tuple[int, int, str]:
-    named = {"before": -1, "after": 1}.get(item.label, 0)
-    return (named, item.optimizer_step if item.optimizer_step is not None else -1, item.label)
+def _evaluation_order(item: Evaluation) -> tuple[bool, float, bool, str]:
+    """Sort by how far the run was: what was evaluated beyond ``after`` comes behind it."""
+    is_after = item.label == "after"
+    unknown = math.inf if is_after else -1
+    step = item.optimizer_step if item.optimizer_step is not None else unknown
+    return (item.label != "before", step, is_after, item.label)
 
 
 def _evaluation(content: Row, label: str, data_root: Path | None) -> Evaluation:
@@ -239,6 +245,17 @@ def _audit(folder: RunFolder, missing: list[str]) -> tuple[SumLine, ...]:
         missing.append("audit.json (the sums; run `rollstream audit` on this folder)")
         return ()
     return sum_lines(content)
+
+
+def _audit_note(folder: RunFolder, steps: Sequence[Row]) -> str:
+    """Say of when the audit is: its sums stand beside numbers of a run that may have gone on since."""
+    try:
+        written_ms = int(folder.audit.stat().st_mtime * 1000)
+    except OSError:
+        return ""
+    num_since = sum((number(row, "time_ms") or 0) > written_ms for row in steps)
+    since = f"; trained since: {num_since} steps, run `rollstream audit` on this folder again"
+    return f"as of {started(written_ms)}" + (since if num_since else "")
 
 
 def _whole(value: object) -> int | None:

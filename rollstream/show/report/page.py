@@ -38,6 +38,7 @@ def render_html(data: ReportData) -> str:
         plots=[(plot, Markup(plot.svg)) for plot in all_plots(data)],
         examples=example_rows(data.before_and_after),
         audit=data.audit,
+        audit_note=data.audit_note,
         missing=data.missing,
     )
 

@@ -65,7 +65,8 @@ def _titled(name: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def _audit(data: ReportData) -> RenderableType:
-    table = Table(title="audit", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    title = Text(f"audit, {data.audit_note}" if data.audit_note else "audit")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right")
     styles = {"good": "green", "bad": "bold red", "": ""}
