@@ -20,6 +20,7 @@ from rich.text import Text
 
 from broker_schemas.records.records import GroundTruthObject, MatchedSegment, SegmentRecord
 from rollstream.show.drawing import Shape, draw_shapes
+from rollstream.show.report.phrases import started
 from rollstream.show.visible_text import one_line, visible_text
 
 TokenText = Callable[[int], str]
@@ -39,6 +40,15 @@ MEANINGS: Final[Mapping[TokenRole, str]] = {
     "appended": "appended, cross-entropy",
     "appended slot": "appended coordinate → its bin",
     "appended desc": "appended desc, not trained",
+}
+# before the first token of each stretch, so that a page without colours tells the roles too
+MARKS: Final[Mapping[TokenRole, str]] = {
+    "prompt": "",
+    "prefix": "▷",
+    "prefix slot": "◇",
+    "appended": "▶",
+    "appended slot": "◆",
+    "appended desc": "▪",
 }
 _SHOWN_REPEATS: Final = 4
 
@@ -113,25 +123,32 @@ def render_inspection(inspection: Inspection, token_text: TokenText) -> Renderab
         body = Text(visible_text("".join(token_text(int(token_id)) for token_id in ids)))
         parts.append(Panel(body, title="rollout as written", title_align="left", box=box.ROUNDED))
     else:
-        text = sequence_text(inspection.matched, token_text)
+        text = sequence_text(inspection.matched, token_text, is_marked=True)
         parts.append(Panel(text, title="training sequence", title_align="left", box=box.ROUNDED))
         parts.append(_legend())
     parts += [_objects(inspection), _ground_truth(inspection)]
     return Group(*parts)
 
 
-def sequence_text(matched: MatchedSegment, token_text: TokenText) -> Text:
-    """Return the training sequence coloured by role; a run of one prompt token is shown once, counted."""
+def sequence_text(matched: MatchedSegment, token_text: TokenText, *, is_marked: bool = False) -> Text:
+    """Return the training sequence coloured by role; a run of one prompt token is shown once, counted.
+
+    ``is_marked``: the mark of a role stands before each stretch of it.
+    """
     targets = {
         int(at): int(bin_index)
         for at, bin_index in zip(matched.slot_positions, matched.slot_targets, strict=True)
     }
     roles = token_roles(matched)
     text = Text()
+    last_role: TokenRole | None = None
     for (token_id, role), run in groupby(
         range(len(roles)), key=lambda at: (int(matched.token_ids[at]), roles[at])
     ):
         places = list(run)
+        if is_marked and role != last_role:
+            text.append(MARKS[role], style=STYLES[role])
+        last_role = role
         piece = visible_text(token_text(token_id))
         if role == "prompt" and len(places) > _SHOWN_REPEATS:
             text.append(f"{piece}×{len(places)}", style=STYLES[role])
@@ -175,7 +192,7 @@ def _head(inspection: Inspection) -> RenderableType:
         ("record", segment.record_id),
         ("sample", f"{segment.sample_id}  {' '.join(image.path for image in segment.images)}"),
         ("policy", f"v{segment.policy_version}" + (f" ({spans})" if spans else "")),
-        ("producer", f"{segment.producer or '–'}, {segment.generation_ms} ms, seed {segment.seed}"),
+        ("producer", _origin(segment)),
         ("tokens", tokens),
         ("ended", ", ".join(flag for flag in flags if flag)),
         ("dropped", ", ".join(f"{reason} {count}" for reason, count in inspection.dropped.items()) or "–"),
@@ -185,9 +202,18 @@ def _head(inspection: Inspection) -> RenderableType:
     return table
 
 
+def _origin(segment: SegmentRecord) -> str:
+    """Say who wrote a rollout and when, as far as it is known: a training segment keeps the time alone."""
+    known = (
+        [f"{segment.producer}, {segment.generation_ms} ms, seed {segment.seed}"] if segment.producer else []
+    )
+    known += [f"written {started(segment.generated_at_ms)}"] if segment.generated_at_ms else []
+    return ", ".join(known) or "–"
+
+
 def _legend() -> RenderableType:
     table = Table.grid(padding=(0, 3))
-    cells = [Text(f" {meaning} ", style=STYLES[role]) for role, meaning in MEANINGS.items()]
+    cells = [Text(f" {MARKS[role]} {meaning} ", style=STYLES[role]) for role, meaning in MEANINGS.items()]
     for left, right in zip(cells[0::2], cells[1::2], strict=True):
         table.add_row(left, right)
     return table

@@ -62,6 +62,29 @@ def test_the_text_is_the_sequence_with_a_target_behind_each_slot_and_each_role_i
     assert styled(STYLES["prompt"], pieces) == "<|im_start|><|image_pad|>×6list"
 
 
+def test_without_colours_marks_tell_the_roles_and_the_legend_explains_them() -> None:
+    text = sequence_text(make_matched(), token_text, is_marked=True).plain
+    view = shown(render_inspection(make_inspection(), token_text))
+
+    assert '×6list▷{"object_1descWBCbox◇<|coord_406|>→400' in text
+    assert "▶, objectdesc" in text.replace("_1", "")
+    assert "▪RBC▶box◆<|coord_10|>" in text
+    for line in ("▷ written by the model, not trained", "◆ appended coordinate → its bin"):
+        assert line in view
+
+
+def test_the_head_says_who_wrote_a_rollout_and_when_and_nothing_that_is_not_known() -> None:
+    told = shown(
+        render_inspection(make_inspection(segment=make_segment(generated_at_ms=86_400_000)), token_text)
+    )
+    unknown = make_segment(producer="", generation_ms=0, generated_at_ms=86_400_000)
+
+    assert "producer-1, 840 ms, seed 0, written 1970-01-02 00:00 UTC" in told
+    bare = shown(render_inspection(make_inspection(segment=unknown), token_text))
+    assert "written 1970-01-02 00:00 UTC" in bare
+    assert "0 ms" not in bare
+
+
 def test_repeated_tokens_outside_the_prompt_are_never_folded() -> None:
     matched = make_matched()
     matched.token_ids[len(PROMPT) : len(PROMPT) + 6] = 4
