@@ -29,6 +29,7 @@ from learner.checkpoint_contents import INDEX_FILE, RankContents, copy_contents,
 from learner.checkpoint_storage import TENSORS, BlockPlanner, BlockWriter, with_one_process_expected
 from learner.checkpoints import PREFIX, TrainerState, write_model_config, write_small_files
 from learner.checksums import write_checksums
+from learner.companions import Companions
 from learner.distributed import Ranks
 from learner.tensor_files import WrittenFile
 from learner.trained_weights import TrainedWeights
@@ -45,7 +46,7 @@ class CheckpointPlace:
     """Where checkpoints go, whose tokenizer and processor files go with them, and how many are kept."""
 
     parent: Path
-    companions: Path
+    companions: Companions
     num_kept: int
 
 

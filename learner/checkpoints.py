@@ -22,9 +22,10 @@ from broker_schemas.errors import RunStopped
 from broker_schemas.method import adapter_folder
 from learner.checkpoint_contents import load_contents
 from learner.checksums import verify_checksums
+from learner.companions import Companions
 from learner.tensor_files import write_tensor_file
 from learner.trained_weights import TrainedWeights
-from learner.whole_directory import copy_companions, numbered_directories
+from learner.whole_directory import numbered_directories
 
 PREFIX: Final = "checkpoint-"
 FORMAT: Final = 2
@@ -154,20 +155,22 @@ def save_weights(
     adapter_folder.write_adapter(folder, trained.adapter, kept if dtype is None else _in_format(kept, dtype))
 
 
-def write_small_files(staging: Path, state: TrainerState, companions: Path, random_state: Tensor) -> None:
+def write_small_files(
+    staging: Path, state: TrainerState, companions: Companions, random_state: Tensor
+) -> None:
     """Write what belongs to no rank: the companions of the weights and where the run stands."""
-    copy_companions(companions, staging)
+    companions.copy_to(staging)
     write_tensor_file(staging / _RANDOM_FILE, {"cpu": random_state})
     body = {"format": FORMAT, **asdict(state)}
     (staging / _STATE_FILE).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
 def save_model_folder(
-    model: Any, folder: Path, companions: Path, *, dtype: torch.dtype | None = None
+    model: Any, folder: Path, companions: Companions, *, dtype: torch.dtype | None = None
 ) -> None:
     """Write weights, model config and the companion files of a Hugging Face folder into ``folder``."""
     save_model_weights(model, folder, dtype=dtype)
-    copy_companions(companions, folder)
+    companions.copy_to(folder)
 
 
 def save_model_weights(

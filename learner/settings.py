@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from learner.companions import Companions
 from learner.losses import LossSettings
 from learner.model_parts import AdapterSettings, FrozenPart
 from learner.optimization import OptimizationSettings
@@ -28,8 +29,8 @@ class EarlyStopSettings:
 class LearnerSettings:
     """What one rank of the loop needs to know.
 
-    ``companions``: model folder whose tokenizer and processor files go with
-    the weights. ``b_ratio``: exact decimal, 1 for ``rollout_matching_sft``.
+    ``companions``: the tokenizer and processor files that go with the weights.
+    ``b_ratio``: exact decimal, 1 for ``rollout_matching_sft``.
     ``gradient_accumulation_steps``: rows that an A step is cut into on each rank; B steps bring their own
     packs. ``row_capacity_tokens``: the packing length. ``save_every_steps``, ``eval_every_steps``:
     optimizer steps, 0 only at the end and never. ``evaluation_timeout_s``: how long the other ranks wait
@@ -43,7 +44,7 @@ class LearnerSettings:
 
     checkpoints_dir: Path
     policy_dir: Path
-    companions: Path
+    companions: Companions
     loss: LossSettings
     optimization: OptimizationSettings
     max_steps: int

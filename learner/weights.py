@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from learner.checkpoints import save_weights
+from learner.companions import Companions
 from learner.trained_weights import TrainedWeights
-from learner.whole_directory import copy_companions, keep_last, whole_directory
+from learner.whole_directory import keep_last, whole_directory
 
 PREFIX: Final = "v"
 
@@ -49,7 +50,7 @@ def publish_weights(
     trained: TrainedWeights,
     tensors: Mapping[str, Tensor] | None = None,
     policy_version: int,
-    companions: Path,
+    companions: Companions,
     num_kept: int,
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -65,7 +66,7 @@ def publish_weights(
             save_weights(trained, staging, tensors, dtype)
             if trained.adapter is None:
                 # beside an adapter they would outweigh it, and its base has them
-                copy_companions(companions, staging)
+                companions.copy_to(staging)
         except SafetensorError as exc:
             raise OSError(str(exc)) from exc
     keep_last(parent, PREFIX, num_kept)

@@ -106,15 +106,6 @@ def keep_last(parent: Path, prefix: str, num_kept: int, *, also: int | None = No
     return removed
 
 
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy the tokenizer, processor and template files of a model folder; weights and model config stay."""
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in {".safetensors", ".bin", ".pt", ".pth"} or path.name.endswith(".index.json")
-        foreign = path.name in {"config.json", "generation_config.json", "made_by_rollstream.json"}
-        if path.is_file() and not weights and not foreign and not path.name.startswith("."):
-            shutil.copyfile(path, destination / path.name)
-
-
 def _move_into_place(staging: Path, final: Path) -> None:
     aside = _aside(final)
     if final.exists():

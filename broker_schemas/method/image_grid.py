@@ -10,9 +10,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from broker_schemas.errors import DataError
+from broker_schemas.method.processor_file import stored_bounds
 from broker_schemas.method.prompt import GridTHW
 
 LARGEST_RATIO: Final = 200
@@ -38,12 +39,12 @@ class ImageGrid:
         except (OSError, ValueError) as exc:
             raise DataError(f"{path}: not readable ({exc}); download the checkpoint again") from exc
         try:
-            size = content.get("size") or {}
+            own = stored_bounds(content)
             grid = cls(
                 patch_size=int(content.get("patch_size", 14)),
                 merge_size=int(content.get("merge_size", 2)),
-                min_pixels=min_pixels or _bound(content, size, "min_pixels", "shortest_edge", 56 * 56),
-                max_pixels=max_pixels or _bound(content, size, "max_pixels", "longest_edge", 28 * 28 * 1280),
+                min_pixels=min_pixels or _or_default(own.min_pixels, 56 * 56),
+                max_pixels=max_pixels or _or_default(own.max_pixels, 28 * 28 * 1280),
             )
         except (AttributeError, TypeError, ValueError) as exc:
             raise DataError(f"{path}: not an image processor file ({exc}); download it again") from exc
@@ -81,6 +82,5 @@ class ImageGrid:
         return rows * columns // self.merge_size**2
 
 
-def _bound(content: dict[str, Any], size: dict[str, Any], name: str, edge: str, default: int) -> int:
-    value = content.get(name, size.get(edge, size.get(name)))
-    return default if value is None else int(value)
+def _or_default(value: int | None, default: int) -> int:
+    return default if value is None else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,8 +19,10 @@ from broker_schemas.method.adapter_folder import (
 from broker_schemas.method.adapter_merging import fold_rows, merge_adapters
 from broker_schemas.method.adapters import ROWS_NAME, BaseModel, add_adapters, is_added
 from broker_schemas.method.model_folder import base_of, check_model_folder, load_policy
+from broker_schemas.method.processor_file import ImageBounds
 from broker_schemas.method.weight_files import stored_tensors
 from learner.checkpoints import save_model_folder
+from learner.companions import Companions
 from learner.whole_directory import numbered_directories
 from rollstream.run_folder import RunFolder, read_resolved_config
 from rollstream.staged_folder import check_replaceable, staged_folder
@@ -70,18 +71,18 @@ def export_model(
     with staged_folder(destination, MAKER, arguments) as staging:
         if is_adapted:
             base = base_of(checkpoint, _start_model(run))
-            companions = checkpoint if (checkpoint / "tokenizer.json").is_file() else base
+            folder = checkpoint if (checkpoint / "tokenizer.json").is_file() else base
             model = (
                 _apart(checkpoint, base, staging, destination, dtype)
                 if is_apart
                 else _merged(checkpoint, base, dtype)
             )
         else:
-            companions, model = checkpoint, load_policy(checkpoint, dtype)
+            folder, model = checkpoint, load_policy(checkpoint, dtype)
+        companions = Companions(folder=folder, bounds=_image_bounds(run))
         save_model_folder(model, staging, companions, dtype=getattr(torch, dtype))
         for name in STATE_FILES:
             (staging / name).unlink(missing_ok=True)
-        _set_image_bounds(staging, run)
         check_model_folder(staging)
         num_bytes = sum(path.stat().st_size for path in staging.rglob("*.safetensors"))
     return ExportSummary(
@@ -151,19 +152,8 @@ def _add(model: Any, adapter: StoredAdapter, where: Path) -> None:
     load_adapter(model, adapter, where)
 
 
-def _set_image_bounds(folder: Path, run: RunFolder | None) -> None:
-    """Write the run's own image bounds into the processor's file."""
-    if run is None:
-        return
-    image = (read_resolved_config(run.resolved_config).get("model") or {}).get("image") or {}
-    path = folder / "preprocessor_config.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    names = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-    bounds = {edge: image[key] for key, edge in names if image.get(key)}
-    if not bounds:
-        return
-    size = content.get("size") or {}
-    content["size"] = {**{edge: content[key] for key, edge in names if key in content}, **size, **bounds}
-    for key, _ in names:
-        content.pop(key, None)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _image_bounds(run: RunFolder | None) -> ImageBounds:
+    """Return the run's own image bounds; none are known of a checkpoint without a run."""
+    written = {} if run is None else read_resolved_config(run.resolved_config)
+    image = (written.get("model") or {}).get("image") or {}
+    return ImageBounds(min_pixels=image.get("min_pixels"), max_pixels=image.get("max_pixels"))

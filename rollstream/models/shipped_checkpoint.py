@@ -48,7 +48,7 @@ def ship_checkpoint(config: RunConfig, destination: Path, *, commands: Sequence[
         )
     steps = steps_of(checkpoint)
     with staged_folder(destination, MAKER, {"run": config.run.name, "optimizer_steps": steps}) as staging:
-        save_model_folder(load_policy(checkpoint, "bfloat16"), staging, access.model_dir(config))
+        save_model_folder(load_policy(checkpoint, "bfloat16"), staging, access.companions(config))
         size = sum(path.stat().st_size for path in staging.iterdir())
         if size > LARGEST_BYTES:
             raise DataError(f"{checkpoint}: got {size} bytes to ship, expected at most {LARGEST_BYTES}")

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import rollstream
 from broker_schemas.errors import ConfigError, DataError
+from broker_schemas.method.processor_file import stored_bounds
 from broker_schemas.rollout_servers.vllm_http import LOADER_CLASS, TRANSFER_ENGINE
 from configs import RunConfig
 from rollstream.wiring import access
@@ -211,10 +212,10 @@ def _environment(gpus: tuple[int, ...], num_on_machine: int) -> dict[str, str]:
 def checkpoint_pixels(model: Path) -> int:
     """Return the most pixels of a resized image that the checkpoint's processor allows."""
     stored = _read_json(model / "preprocessor_config.json")
-    most = (stored.get("size") or {}).get("longest_edge") or stored.get("max_pixels")
+    most = stored_bounds(stored).max_pixels
     if not most:
         raise DataError(f"{model / 'preprocessor_config.json'}: no image bounds; set model.image in the run")
-    return int(most)
+    return most
 
 
 def longest_rollout(config: RunConfig, model: Path, num_images: int) -> int:

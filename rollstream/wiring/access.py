@@ -17,10 +17,12 @@ from broker_schemas.errors import ConfigError
 from broker_schemas.method.dataset import Sample, read_dataset
 from broker_schemas.method.images import ImageProcessor
 from broker_schemas.method.model_folder import resolve_model_dir
+from broker_schemas.method.processor_file import ImageBounds
 from broker_schemas.method.prompt import PromptBuilder
 from broker_schemas.records.identity import refuse_another_past
 from configs import RunConfig
 from configs.deciding_values import split_values
+from learner.companions import Companions
 from rollstream.run_folder import RunFolder
 from rollstream.wiring.endpoint import Endpoint
 from rollstream.wiring.log_lines import LOG_JSON_VARIABLE, JsonLines
@@ -132,6 +134,17 @@ def prompt_builder(config: RunConfig, folder: Path) -> PromptBuilder:
 def data_root(config: RunConfig, jsonl: str) -> Path:
     """Return the folder that image paths must not leave."""
     return Path(config.data.root) if config.data.root is not None else Path(jsonl).parent
+
+
+def companions(config: RunConfig) -> Companions:
+    """Return what goes beside the weights of the run: its start model's files with its image bounds."""
+    return Companions(folder=model_dir(config), bounds=image_bounds(config))
+
+
+def image_bounds(config: RunConfig) -> ImageBounds:
+    """Return the image bounds that the run sets itself."""
+    image = config.model.image
+    return ImageBounds(min_pixels=image.min_pixels, max_pixels=image.max_pixels)
 
 
 def image_processor(config: RunConfig, folder: Path, jsonl: str) -> ImageProcessor:

@@ -117,7 +117,7 @@ def learner_settings(config: RunConfig, prompts: PromptBuilder) -> LearnerSettin
     return LearnerSettings(
         checkpoints_dir=access.run_folder(config).checkpoints_dir,
         policy_dir=access.run_folder(config).policy_dir,
-        companions=access.model_dir(config),
+        companions=access.companions(config),
         loss=loss_settings(config, prompts),
         optimization=optimization_settings(config),
         max_steps=training.max_steps,

@@ -10,9 +10,11 @@ import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file
 
+from broker_schemas.method.processor_file import ImageBounds
 from learner.attention import choose_attention, use_attention
 from learner.checkpoint_writing import CheckpointPlace, CheckpointWriter
 from learner.checkpoints import PREFIX, TrainerState
+from learner.companions import Companions
 from learner.distributed import Ranks
 from learner.metrics import LearnerMetrics
 from learner.milestones import LearnerParts
@@ -31,6 +33,10 @@ from tests.builders.settings import learner_settings, loss_settings, optimizatio
 NUM_STEPS = 6
 
 
+def companions_of(folder: Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Companions:
+    return Companions(folder=folder, bounds=ImageBounds(min_pixels=min_pixels, max_pixels=max_pixels))
+
+
 def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
     companions = folder / "companions"
     companions.mkdir(exist_ok=True)
@@ -38,7 +44,7 @@ def settings_for(folder: Path, name: str, **changes: Any) -> LearnerSettings:
     fields: dict[str, Any] = {
         "checkpoints_dir": folder / name / "checkpoints",
         "policy_dir": folder / name / "policy",
-        "companions": companions,
+        "companions": companions_of(companions),
         "loss": loss_settings(coord_ids=COORD_IDS),
         "optimization": optimization_settings(learning_rate=1e-2, warmup_steps=2, max_steps=NUM_STEPS),
         "max_steps": NUM_STEPS,
@@ -105,7 +111,7 @@ def write_checkpoint(
     trained: TrainedWeights,
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
-    companions: Path,
+    companions: Companions,
     num_kept: int,
     ranks: Ranks,
 ) -> Path:

@@ -13,9 +13,6 @@ from broker_schemas.method.coordinates import CoordVocabulary
 from broker_schemas.method.model_fingerprint import model_fingerprint
 from broker_schemas.method.model_folder import load_policy
 from broker_schemas.method.prompt import load_tokenizer
-from learner.whole_directory import copy_companions as copy_companion_files
-
-__all__ = ["copy_companion_files", "logits_of", "write_trained"]
 
 
 def write_trained(

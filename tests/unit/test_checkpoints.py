@@ -12,10 +12,11 @@ import torch
 from broker_schemas.errors import RunStopped
 from learner import tensor_files, whole_directory
 from learner.checkpoints import TrainerState, latest_checkpoint, read_trainer_state, restore_checkpoint
+from learner.companions import Companions
 from learner.optimization import build_optimizer
 from learner.trained_weights import TrainedWeights
 from learner.weights import is_publication_due, policy_version_at, publish_weights
-from tests.builders.learner_runs import one_rank, write_checkpoint
+from tests.builders.learner_runs import companions_of, one_rank, write_checkpoint
 from tests.builders.learners import tiny_model
 from tests.builders.settings import optimization_settings
 
@@ -23,14 +24,14 @@ pytestmark = pytest.mark.req("Q-10")
 
 
 @pytest.fixture
-def companions(tmp_path: Path) -> Path:
+def companions(tmp_path: Path) -> Companions:
     folder = tmp_path / "companions"
     folder.mkdir()
     (folder / "tokenizer.json").write_text('{"a": 1}', encoding="utf-8")
     (folder / "preprocessor_config.json").write_text("{}", encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"other weights")
     (folder / "config.json").write_text("other config", encoding="utf-8")
-    return folder
+    return companions_of(folder, min_pixels=4096, max_pixels=16384)
 
 
 def trained(seed: int = 0, num_steps: int = 2) -> tuple[TrainedWeights, torch.optim.AdamW]:
@@ -45,7 +46,9 @@ def trained(seed: int = 0, num_steps: int = 2) -> tuple[TrainedWeights, torch.op
     return TrainedWeights(model), optimizer
 
 
-def write(parent: Path, companions: Path, optimizer_step: int = 7, num_kept: int = 2, seed: int = 0) -> Path:
+def write(
+    parent: Path, companions: Companions, optimizer_step: int = 7, num_kept: int = 2, seed: int = 0
+) -> Path:
     model, optimizer = trained(seed)
     return write_checkpoint(
         parent,
@@ -63,7 +66,7 @@ def equal_weights(first: Any, second: Any) -> bool:
     return all(torch.equal(value, other[name]) for name, value in first.tensors().items())
 
 
-def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, companions: Path) -> None:
+def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, companions: Companions) -> None:
     path = write(tmp_path / "run", companions)
     model, optimizer = trained()
     other, other_optimizer = trained(seed=9)
@@ -79,7 +82,7 @@ def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, compani
     assert equal_weights(model, other)
 
 
-def test_the_random_state_is_restored(tmp_path: Path, companions: Path) -> None:
+def test_the_random_state_is_restored(tmp_path: Path, companions: Companions) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         path = write(tmp_path / "run", companions)
@@ -90,7 +93,7 @@ def test_the_random_state_is_restored(tmp_path: Path, companions: Path) -> None:
 
 
 def test_it_is_a_hugging_face_folder_with_the_companions_of_the_model(
-    tmp_path: Path, companions: Path
+    tmp_path: Path, companions: Companions
 ) -> None:
     from transformers import Qwen3VLForConditionalGeneration
 
@@ -98,17 +101,18 @@ def test_it_is_a_hugging_face_folder_with_the_companions_of_the_model(
     loaded = Qwen3VLForConditionalGeneration.from_pretrained(path)
     assert equal_weights(TrainedWeights(loaded), trained()[0])
     assert json.loads((path / "tokenizer.json").read_text(encoding="utf-8")) == {"a": 1}
-    assert (path / "preprocessor_config.json").is_file()
+    processor = json.loads((path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert processor == {"size": {"shortest_edge": 4096, "longest_edge": 16384}}
     assert json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_vl"
 
 
-def test_nothing_in_it_is_a_pickle(tmp_path: Path, companions: Path) -> None:
+def test_nothing_in_it_is_a_pickle(tmp_path: Path, companions: Companions) -> None:
     path = write(tmp_path / "run", companions)
     assert {file.suffix for file in path.iterdir()} <= {".json", ".safetensors"}
 
 
 def test_the_latest_is_the_one_with_the_highest_step_and_only_the_last_are_kept(
-    tmp_path: Path, companions: Path
+    tmp_path: Path, companions: Companions
 ) -> None:
     assert latest_checkpoint(tmp_path / "nowhere") is None
     for optimizer_step in (9, 10, 100):
@@ -121,7 +125,7 @@ def test_the_latest_is_the_one_with_the_highest_step_and_only_the_last_are_kept(
 
 @pytest.mark.parametrize("at", ["fsync", "_sync", "rename"])
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_so(
-    at: str, tmp_path: Path, companions: Path, monkeypatch: pytest.MonkeyPatch
+    at: str, tmp_path: Path, companions: Companions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "run", companions, 5)
     before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "checkpoint-5").iterdir()}
@@ -142,7 +146,9 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_so(
     assert after == before
 
 
-def test_a_half_written_directory_of_a_killed_run_is_no_checkpoint(tmp_path: Path, companions: Path) -> None:
+def test_a_half_written_directory_of_a_killed_run_is_no_checkpoint(
+    tmp_path: Path, companions: Companions
+) -> None:
     write(tmp_path / "run", companions, 5)
     left_over = tmp_path / "run" / ".writing-checkpoint-6"
     left_over.mkdir()
@@ -182,7 +188,7 @@ def test_leftovers_that_nobody_can_remove_stop_neither_writing_nor_clearing(
     assert [path.name for path in tmp_path.iterdir()] == ["v3"]
 
 
-def test_writing_the_same_step_again_replaces_it(tmp_path: Path, companions: Path) -> None:
+def test_writing_the_same_step_again_replaces_it(tmp_path: Path, companions: Companions) -> None:
     write(tmp_path / "run", companions, 5, seed=1)
     write(tmp_path / "run", companions, 5, seed=2)
     model, optimizer = trained(seed=0)
@@ -190,7 +196,7 @@ def test_writing_the_same_step_again_replaces_it(tmp_path: Path, companions: Pat
     assert equal_weights(model, trained(seed=2)[0])
 
 
-def test_a_broken_file_is_named(tmp_path: Path, companions: Path) -> None:
+def test_a_broken_file_is_named(tmp_path: Path, companions: Companions) -> None:
     path = write(tmp_path / "run", companions)
     (path / "optimizer.safetensors").write_bytes(b"broken")
     with pytest.raises(RunStopped, match=r"optimizer\.safetensors"):
@@ -207,7 +213,7 @@ WRONG_VALUES = ["null", "-5", "Infinity", "-Infinity", "NaN", "1.5", "true", '"6
 @pytest.mark.parametrize("value", WRONG_VALUES)
 @pytest.mark.parametrize("name", ["optimizer_step", "policy_version", "best_f1", "totals", "run_id"])
 def test_a_value_that_no_run_could_have_is_refused_by_name(
-    name: str, value: str, tmp_path: Path, companions: Path
+    name: str, value: str, tmp_path: Path, companions: Companions
 ) -> None:
     path = write(tmp_path / "run", companions) / "trainer_state.json"
     body = json.loads(path.read_text())
@@ -222,7 +228,7 @@ def test_a_value_that_no_run_could_have_is_refused_by_name(
 
 @pytest.mark.req("Q-20")
 @pytest.mark.parametrize("text", ["[]", "3", "null", "", '{"format": 1}', "[" * 100_000])
-def test_what_is_no_trainer_state_is_refused(text: str, tmp_path: Path, companions: Path) -> None:
+def test_what_is_no_trainer_state_is_refused(text: str, tmp_path: Path, companions: Companions) -> None:
     path = write(tmp_path / "run", companions) / "trainer_state.json"
     path.write_text(text)
 
@@ -234,7 +240,7 @@ def test_what_is_no_trainer_state_is_refused(text: str, tmp_path: Path, companio
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "random_state.safetensors"])
 @pytest.mark.parametrize("wrong", ["one bit", "shorter", "gone"])
 def test_one_flipped_bit_in_any_file_is_found_and_named(
-    name: str, wrong: str, tmp_path: Path, companions: Path
+    name: str, wrong: str, tmp_path: Path, companions: Companions
 ) -> None:
     path = write(tmp_path / "run", companions) / name
     raw = bytearray(path.read_bytes())
@@ -251,14 +257,14 @@ def test_one_flipped_bit_in_any_file_is_found_and_named(
 
 
 @pytest.mark.req("Q-20")
-def test_a_checkpoint_from_before_checksums_is_still_read(tmp_path: Path, companions: Path) -> None:
+def test_a_checkpoint_from_before_checksums_is_still_read(tmp_path: Path, companions: Companions) -> None:
     path = write(tmp_path / "run", companions)
     (path / "checksums.json").unlink()
 
     restore_checkpoint(path, *trained())
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, companions: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, companions: Companions) -> None:
     path = write(tmp_path / "run", companions)
     model, optimizer = trained()
     del model.model.model.visual.merger
@@ -274,7 +280,7 @@ def test_the_policy_version_is_a_function_of_the_step() -> None:
 
 @pytest.mark.req("V-2")
 def test_published_policies_are_whole_folders_and_the_last_ones_stay(
-    tmp_path: Path, companions: Path
+    tmp_path: Path, companions: Companions
 ) -> None:
     weights, _ = trained()
     for policy_version in range(3):
@@ -291,7 +297,7 @@ def test_published_policies_are_whole_folders_and_the_last_ones_stay(
 
 
 @pytest.mark.req("L-6")
-def test_the_best_checkpoint_stays_beside_the_latest(tmp_path: Path, companions: Path) -> None:
+def test_the_best_checkpoint_stays_beside_the_latest(tmp_path: Path, companions: Companions) -> None:
     weights, optimizer = trained()
     for done in (2, 4, 6, 8):
         write_checkpoint(

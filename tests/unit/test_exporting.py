@@ -16,7 +16,8 @@ from broker_schemas.method.weight_files import stored_tensors
 from rollstream.commands.program import app
 from rollstream.models.exporting import export_model
 from rollstream.models.shipped import SHIPPED_MODEL
-from tests.builders.trained_adapters import copy_companion_files, logits_of, write_trained
+from tests.builders.learner_runs import companions_of
+from tests.builders.trained_adapters import logits_of, write_trained
 
 torch.set_num_threads(1)
 
@@ -25,7 +26,7 @@ def make_run(folder: Path) -> Path:
     """Write a run of one adapter's checkpoint, with image bounds of its own."""
     checkpoint = folder / "checkpoints" / "checkpoint-3"
     write_trained(checkpoint, SHIPPED_MODEL, seed=3)
-    copy_companion_files(SHIPPED_MODEL, checkpoint)
+    companions_of(SHIPPED_MODEL).copy_to(checkpoint)
     image = "image: {min_pixels: 4096, max_pixels: 16384}"
     (folder / "resolved.yaml").write_text(f"model: {{name_or_path: '{SHIPPED_MODEL}', {image}}}\n")
     return folder

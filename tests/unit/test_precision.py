@@ -14,7 +14,7 @@ from learner.trained_weights import TrainedWeights
 from learner.weights import publish_weights
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker
-from tests.builders.learner_runs import one_rank, run_one, settings_for
+from tests.builders.learner_runs import companions_of, one_rank, run_one, settings_for
 from tests.builders.learners import tiny_model
 from tests.builders.settings import optimization_settings
 
@@ -110,7 +110,7 @@ def test_weights_are_published_in_the_format_that_is_asked_for(tmp_path: Path, p
         tmp_path / "policy",
         trained=trained,
         policy_version=0,
-        companions=tmp_path / "companions",
+        companions=companions_of(tmp_path / "companions"),
         num_kept=2,
         dtype=torch.bfloat16,
     )

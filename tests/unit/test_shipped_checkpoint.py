@@ -14,6 +14,7 @@ from broker_schemas.method.model_folder import load_policy
 from learner.checkpoints import save_model_folder
 from rollstream.models import shipped_checkpoint
 from rollstream.models.shipped_checkpoint import LARGEST_BYTES, RECORD_FILE, ship_checkpoint
+from tests.builders.learner_runs import companions_of
 
 METRICS = {
     "eval_rollout_f1": 0.61234,
@@ -37,11 +38,13 @@ def a_warm_start(tmp_path: Path, tiny_folder: Path, *, with_checkpoint: bool = T
     if with_checkpoint:
         checkpoint = run / "checkpoints" / "checkpoint-2"
         checkpoint.mkdir(parents=True)
-        save_model_folder(load_policy(tiny_folder, "float32"), checkpoint, tiny_folder)
+        save_model_folder(load_policy(tiny_folder, "float32"), checkpoint, companions_of(tiny_folder))
         (checkpoint / "trainer_state.json").write_text("{}")
     return SimpleNamespace(
         run=SimpleNamespace(name="warm", output_dir=str(tmp_path / "runs"), seed=17),
-        model=SimpleNamespace(name_or_path=str(tiny_folder)),
+        model=SimpleNamespace(
+            name_or_path=str(tiny_folder), image=SimpleNamespace(min_pixels=None, max_pixels=None)
+        ),
         data=SimpleNamespace(val_jsonl="data/scenes/val.jsonl"),
     )
 
