@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from broker_schemas.method.evaluation_numbers import NUMBERS
 from configs.ignored_settings import METHOD, VARIANT, refuse_ignored
@@ -32,6 +33,7 @@ def cross_check(config: RunConfig, explicit: frozenset[KeyPath]) -> list[Problem
         *_model_and_data(config),
         *_method(config),
         *_devices(config),
+        *_chunk(config),
         *_evaluation(config),
         *_early_stop(config),
         *check_model_size(config),
@@ -221,6 +223,31 @@ def _devices(config: RunConfig) -> Iterator[Problem]:
             f"each rank has one GPU, and every node the same number of them"
         )
         yield Problem(message=message, paths=(learner_path, WORLD_SIZE))
+
+
+def _chunk(config: RunConfig) -> Iterator[Problem]:
+    """Refuse what servers of this machine cannot give every rank [S-4]; others say it when they answer."""
+    method, gpus = config.rollout_matching, config.devices.rollout_gpus
+    urls = [server.base_url for server in method.vllm.server.servers]
+    if method.rollout_backend != "vllm" or config.b_ratio == 0 or not all(map(_is_here, urls)) or not urls:
+        return
+    num_workers = max(len(gpus), len(urls))
+    decode, num_ranks = method.decode_batch_size, config.learner_world_size
+    if decode * num_workers < num_ranks:
+        message = (
+            f"got {decode}, expected {-(-num_ranks // num_workers)} or more: {len(urls)} servers on "
+            f"{len(gpus)} rollout GPUs give {decode * num_workers} rollouts at once, expected at least one "
+            f"for each of {num_ranks} learner ranks; raise it, use fewer ranks, "
+            "or name the servers' GPUs in devices.rollout_gpus"
+        )
+        yield Problem(
+            message=message, paths=((*METHOD, "decode_batch_size"), ("devices", "rollout_gpus"), WORLD_SIZE)
+        )
+
+
+def _is_here(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def _numbers(gpus: list[int]) -> str:

@@ -20,8 +20,7 @@ class Companions:
     def copy_to(self, destination: Path) -> None:
         """Copy tokenizer, processor and template files; weights and model config stay.
 
-        Other programs then resize images as training did. Raises RunStopped for a processor's file that is
-        none.
+        Other programs then resize images as training did. Raises RunStopped for a broken processor's file.
         """
         for path in sorted(self.folder.iterdir()):
             weights = path.suffix in {".safetensors", ".bin", ".pt", ".pth"} or path.name.endswith(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from broker_schemas.errors import ConfigError
 from rollstream.wiring import dispatch, vllm
+from tests.builders.configs import METHOD, load_mapping, make_mapping, put, refusal
 from tests.builders.vllm_fakes import FakeVllm
 
 
@@ -63,3 +65,39 @@ def test_without_a_server_that_answers_nothing_is_known_yet(servers: list[FakeVl
         server.is_up = False
     assert vllm.rollout_chunk(a_config(decode=1, num_ranks=4), wait_s=0.0) is None
     assert dispatch.request_size(a_config(decode=1, num_ranks=4)) == dispatch.DEFAULT_REQUEST_SIZE
+
+
+def a_mapping(*, urls: list[str], decode: int, num_ranks: int, gpus: list[int]) -> dict[str, Any]:
+    devices = {"learner_world_size": num_ranks, "rollout_gpus": gpus}
+    mapping = make_mapping("stage2_async", devices=devices)
+    mapping["training"]["effective_batch_size"] = 16
+    put(mapping, f"{METHOD}.rollout_backend", "vllm")
+    put(mapping, f"{METHOD}.vllm.server.servers", [{"base_url": url} for url in urls])
+    put(mapping, f"{METHOD}.decode_batch_size", decode)
+    return mapping
+
+
+HERE = ["http://127.0.0.1:8000", "http://localhost:8001", "http://gpu-box:8000"]
+
+
+@pytest.mark.req("S-4")
+@pytest.mark.parametrize("urls, decode, gpus", [(HERE[:1], 1, []), (HERE[:2], 1, [0, 1]), (HERE[1:2], 3, [])])
+def test_the_configuration_alone_refuses_servers_that_cannot_give_every_rank_one(
+    tmp_path: Path, urls: list[str], decode: int, gpus: list[int]
+) -> None:
+    said = refusal(tmp_path, a_mapping(urls=urls, decode=decode, num_ranks=4, gpus=gpus))
+    assert f"{METHOD}.decode_batch_size" in said
+    assert "devices.rollout_gpus" in said
+    assert "expected at least one for each of 4 learner ranks" in said
+
+
+@pytest.mark.req("S-4")
+@pytest.mark.parametrize(
+    "urls, decode, gpus",
+    [(HERE[:1], 4, []), (HERE[:1], 1, [0, 1, 2, 3]), (HERE[:2], 2, []), (HERE[2:], 1, []), (HERE[1:], 1, [])],
+)
+def test_servers_that_can_and_servers_elsewhere_load(
+    tmp_path: Path, urls: list[str], decode: int, gpus: list[int]
+) -> None:
+    mapping = a_mapping(urls=urls, decode=decode, num_ranks=4, gpus=gpus)
+    assert len(load_mapping(tmp_path, mapping).rollout_matching.vllm.server.servers) == len(urls)
