@@ -148,10 +148,8 @@ def _set_axes(axes: Axes, ticks: Sequence[str], block: Block, measure: Measure) 
     drawn: Any = axes
     drawn.set_xticks(range(len(ticks)), [one_line(tick, _LONGEST_TICK) for tick in ticks])
     drawn.set_xlim(-0.4, len(ticks) - 0.6)
-    if measure.name != "f1":
-        drawn.set_ylim(0, max(drawn.get_ylim()[1] * 1.12, 1e-3))
-    else:
-        drawn.margins(y=0.25)
+    # from zero on: an axis cut to the values makes the noise of single runs look like an effect
+    drawn.set_ylim(0, max(drawn.get_ylim()[1] * 1.12, 1e-3))
     is_crossed = block.is_product and len(block.keys) == 2
     label_axes(axes, x=short_key(block.keys[0]) if is_crossed else block.axis, y=measure.unit)
 

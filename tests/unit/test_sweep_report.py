@@ -233,6 +233,19 @@ def test_a_product_of_two_keys_draws_a_line_for_each_value_of_the_second() -> No
     ]
 
 
+def test_every_axis_begins_at_zero_so_that_noise_looks_no_larger_than_it_is() -> None:
+    block = GRID.blocks[0]
+    numbers = {
+        cell.name: make_numbers(f1=0.80 + at / 1000, idle_share=0.80 + at / 1000)
+        for at, cell in enumerate(block.cells)
+    }
+
+    plots = sweep_plots(block, numbers, start_f1=0.8, prefix="b0")
+
+    cut = [plot.title for plot in plots if plot.svg and not re.search(r">0(\.0+)?</text>", plot.svg)]
+    assert not cut
+
+
 def test_a_block_of_listed_cells_is_drawn_over_its_cells() -> None:
     block = GRID.blocks[2]
     numbers = {cell.name: make_numbers() for cell in block.cells}
