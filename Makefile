@@ -17,7 +17,7 @@ WARM_RUN := runs/warm-start-scenes
 WARM_CONFIG := configs/warm_start/scenes.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-vllm check up down bench requirements assets clean
+.PHONY: help demo test test-fast test-vllm check torture up down bench requirements assets clean
 
 help:
 	@echo "make demo            the main job, from nothing to a report (ARGS='--steps 48')"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-fast       the unit tests alone"
 	@echo "make test-vllm       the tests on real vLLM servers; installs them apart (about 6 GB)"
 	@echo "make check           formatter, linter, types, house rules"
+	@echo "make torture         the queue under kills, freezes, lost replies, full memory (TORTURE_SECONDS=600 TORTURE_SEED=0)"
 	@echo "make up              the whole stack in containers, dashboards at http://localhost:3000 (CONFIG=…)"
 	@echo "make down            stop them; their volumes stay"
 	@echo "make bench           the budgets of docs/DESIGN.md (BENCHES='packing')"
@@ -61,6 +62,10 @@ check: $(STAMP)
 	@$(BIN)/ruff check --output-format concise .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/unit/test_house_*.py tests/unit/test_error_map.py tests/unit/test_reasons.py
+
+# TORTURE_SECONDS and TORTURE_SEED pass through; status 1 says that a rollout was lost, stuck or trained twice
+torture: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -c 'import sys; from tests.contract.torture import main; sys.exit(main())'
 
 # CONFIG is the run that the containers make; REDIS_PASSWORD and the other variables of the compose file pass through
 up:
