@@ -36,6 +36,7 @@ NOT_RUN: Final = {
     "make check": "the CI runs it before the tests, and it runs the house rules, which are tests",
     "make up": "needs a Docker engine; test_compose_file.py checks all that the compose file names",
     "make down": "as above",
+    "docker compose build": "as above",
     "docker compose up": "as above",
     "docker compose up --detach --no-recreate --scale producer=4 --scale matcher=2": "as above",
     "rollstream serve vllm CONFIG": "needs vLLM; tests/vllm/test_documented_commands.py runs it",
