@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.event_log import read_events
+from broker_schemas.broker.lease import holding
 from broker_schemas.broker.status import read_status
-from broker_schemas.errors import RunStopped
+from broker_schemas.errors import ConfigError, RunStopped
 from broker_schemas.records.packs import StepClaim, Untrainable
 from rollstream.history.audit import take_audit
 from rollstream.history.replay_plan import archived_claim
+from rollstream.run_folder import RunFolder
+from rollstream.stack.quarantining import quarantine_record
+from tests.builders.configs import make_mapping, write_file
 from tests.contract.test_transitions import a_learner, ready_packs
 
 
@@ -82,3 +88,26 @@ def test_what_a_checkpoint_covers_stays_as_it_was_trained(broker: Broker) -> Non
     with pytest.raises(RunStopped, match="does not hold a, or a checkpoint covers it"):
         door.quarantine(optimizer_step=0, segments=broken("a"))
     assert claim_again(broker).num_segments == 3
+
+
+@pytest.mark.req("Q-13")
+def test_a_rollout_is_taken_out_by_hand_while_no_learner_holds_its_place(
+    real_broker: Broker, redis_url: str, run_name: str, tmp_path: Path
+) -> None:
+    claimed(real_broker)
+    write_file(
+        tmp_path,
+        make_mapping(run__name=run_name, broker__url=redis_url),
+        RunFolder(tmp_path).resolved_config.name,
+    )
+    with (
+        holding(real_broker, "learner", on_loss=lambda: None),
+        pytest.raises(ConfigError, match="learner"),
+    ):
+        quarantine_record(tmp_path, "b", detail="blurred")
+    for _ in range(2):
+        assert quarantine_record(tmp_path, "b", detail="blurred") == 0
+        assert set(claim_again(real_broker).record_ids) == {"a", "c", "d"}
+    with pytest.raises(ConfigError, match="no open claim holds it"):
+        quarantine_record(tmp_path, "nobody", detail="blurred")
+    assert take_audit(read_events(real_broker)).rejected == {"quarantined_by_hand": 1}

@@ -37,9 +37,11 @@ NOT_RUN: Final = {
     "make up": "needs a Docker engine; test_compose_file.py checks all that the compose file names",
     "make down": "as above",
     "docker compose build": "as above",
+    "docker compose exec learner rollstream top runs/compose": "as above",
     "docker compose up": "as above",
     "docker compose up --detach --no-recreate --scale producer=4 --scale matcher=2": "as above",
     "rollstream serve vllm CONFIG": "needs vLLM; tests/vllm/test_documented_commands.py runs it",
+    "rollstream quarantine RUN RECORD_ID": "needs a step under way; test_quarantine.py is in one",
     "redis-server --aclfile users.acl …": "test_acl.py starts servers with such files",
 }
 # what makes a long command short, added to it
