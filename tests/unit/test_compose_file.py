@@ -160,7 +160,8 @@ def test_every_file_and_volume_that_is_mounted_exists() -> None:
         for mount in service.get("volumes", ()):
             source = with_defaults(mount).split(":")[0]
             if source.startswith("."):
-                assert any((ROOT / source).iterdir()), f"{name}: {source}"
+                path = ROOT / source
+                assert path.is_file() or any(path.iterdir()), f"{name}: {source}"
             else:
                 assert source in CONTENT["volumes"], f"{name}: {source}"
 
