@@ -39,7 +39,7 @@ VARIABLES: Final = {
     "$__rate_interval": "30s",
     "$run": RUN,
     "$other": RUN,
-    "$shift": "0s",
+    "$shift": "1ms",
     **dict.fromkeys(("$producer", "$matcher", "$learner", "$rank"), ".+"),
 }
 PROMETHEUS: Final = ROOT / "grafana" / "prometheus"

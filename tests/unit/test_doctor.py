@@ -241,7 +241,11 @@ def test_rollout_servers_are_asked_and_their_sizes_checked(tmp_path: Path) -> No
     assert "rollstream serve vllm" in finding.remedy
     # and sizes that feed both ranks, or not
     assert doctor.judge_chunk(config, [1]).verdict == "ok"
-    too_small = config_of(tmp_path, **settings | {f"{METHOD}.decode_batch_size".replace(".", "__"): 1})
+    elsewhere = {  # a server of this machine would be refused by the configuration
+        f"{METHOD}.vllm.server.servers".replace(".", "__"): [{"base_url": "http://gpu-box:8000"}],
+        f"{METHOD}.decode_batch_size".replace(".", "__"): 1,
+    }
+    too_small = config_of(tmp_path, **settings | elsewhere)
     assert doctor.judge_chunk(too_small, [1]).verdict == "fail"
 
 

@@ -102,5 +102,5 @@ COMPARISON: Final = Dashboard(
     meaning="Two runs in the same panels; a run of another day is moved by how long before it began.",
     rows=(_QUALITY, _SPEED),
     choices=(Choice("other", "With", "rollstream_broker_up", "run"),),
-    shifts=("0s", "30m", "1h", "3h", "6h", "12h", "1d", "2d", "7d"),
+    shifts=("1ms", "30m", "1h", "3h", "6h", "12h", "1d", "2d", "7d"),
 )
