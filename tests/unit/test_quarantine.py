@@ -17,12 +17,11 @@ from broker_schemas.records.records import ImageReference
 from learner.collation import SegmentPixels
 from rollstream.run_folder import read_json_lines
 from tests.builders.learner_fakes import FakeBroker, FakePixels
-from tests.builders.learner_runs import one_rank, run_one, settings_for
+from tests.builders.learner_runs import one_rank, run_one, settings_for, untimed
 from tests.builders.learners import COORD_IDS
 from tests.builders.settings import loss_settings
 
 torch.set_num_threads(1)
-TIMES = {"wait_s", "busy_s", "step_s", "time_ms"}
 PixelRule = Callable[[str, SegmentPixels | None], SegmentPixels | None]
 
 
@@ -73,7 +72,7 @@ def infinite(*names: str) -> ChangedPixels:
 def log_and_weights(folder: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     rows = read_json_lines(folder / name / "train_log.jsonl")
     weights = load_file(folder / name / "checkpoints" / "checkpoint-2" / "model.safetensors")
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows], dict(weights)
+    return [untimed(row) for row in rows], dict(weights)
 
 
 @pytest.mark.req("Q-13", "Q-10")

@@ -17,7 +17,7 @@ from learner.losses import LossSettings, segment_losses
 from tests.builders.learners import COORD_IDS, FIRST_COORD_ID, VOCABULARY_SIZE, make_segment
 from tests.builders.qwen_tokenizer import qwen_tokenizer
 from tests.builders.rollouts import make_rollout
-from tests.builders.settings import loss_settings
+from tests.builders.settings import loss_settings, method_settings
 from tests.builders.tokenizers import make_box, make_polygon, plain_tokenizer
 
 CELL = make_box("cell", (100, 100, 300, 300))
@@ -33,7 +33,9 @@ def matched(said: list[GroundTruthObject], tokenizer: Any = None) -> MatchedSegm
     chosen = tokenizer or plain_tokenizer()
     text = render_payload(said).text + "<|im_end|>"
     record = make_rollout([CELL, LEAF], response=text, tokenizer=chosen)
-    segment = match_record(record, MatcherTools.for_tokenizer(chosen, capacity=4096)).segment
+    segment = match_record(
+        record, MatcherTools.for_tokenizer(chosen, capacity=4096, **method_settings())
+    ).segment
     assert segment is not None
     return segment
 
