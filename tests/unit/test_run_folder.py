@@ -26,8 +26,8 @@ def test_every_name_lies_inside_the_run_folder_and_none_is_used_twice(tmp_path: 
     names = [getattr(folder, name) for name, kind in vars(RunFolder).items() if isinstance(kind, property)]
     paths = [path for path in names if isinstance(path, Path)]
 
-    assert len(paths) == len(set(paths)) == 20
-    assert all(path.parent == folder.path for path in paths)
+    assert len(paths) == len(set(paths)) == 22
+    assert all(folder.path in path.parents for path in paths)
     assert folder.role_log("producer", 2) == folder.path / "logs/producer-2.log"
     assert folder.policy_version_dir(7) == folder.path / "policy/v7"
     assert folder.evaluation("before").name == "evaluation-before.json"
