@@ -12,13 +12,13 @@ from typing import Any, Final
 from broker_schemas.errors import ConfigError, DataError, RollstreamError
 from broker_schemas.method.adapters import BaseModel
 from configs import RunConfig
-from learner.model_parts import AdapterSettings
 from rollstream.doctor.memory_plan import MemoryPlan, MemorySizes, Remedy, advice, plan_memory
 from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, RowCost, probe_row
 from rollstream.models.model_shape import ModelShape, shape_of_config
 from rollstream.models.named_sizes import named_config, sizes_named
 from rollstream.models.practice_learner import PracticeSettings
 from rollstream.wiring import access
+from rollstream.wiring.adapters import adapters_on
 
 CACHE_BYTES: Final = 256 << 20
 WRITE_TRIAL_BYTES: Final = 64 << 20
@@ -77,29 +77,15 @@ def examine_memory(
 
 
 def _practice(config: RunConfig) -> PracticeSettings:
+    first = PROBE_FIRST_COORDINATE
     return PracticeSettings(
         precision=config.precision,
         attention="segments",
         is_checkpointing_activations=config.training.activation_checkpointing,
         loss_chunk_positions=config.training.loss_chunk_positions,
-        first_coordinate_id=PROBE_FIRST_COORDINATE,
-        adapter=_practice_adapter(config),
+        first_coordinate_id=first,
+        adapter=adapters_on(config, coordinate_ids=tuple(range(first, first + 1000)), base=BaseModel()),
         frozen=config.training.freeze,
-    )
-
-
-def _practice_adapter(config: RunConfig) -> AdapterSettings | None:
-    lora, first = config.training.lora, PROBE_FIRST_COORDINATE
-    if lora.rank is None:
-        return None
-    return AdapterSettings(
-        rank=lora.rank,
-        alpha=lora.alpha or 2.0 * lora.rank,
-        dropout=lora.dropout,
-        targets=lora.targets,
-        is_dora=lora.dora,
-        coordinate_ids=tuple(range(first, first + 1000)),
-        base=BaseModel(),
     )
 
 

@@ -15,7 +15,21 @@ from rollstream.wiring import access
 
 def adapter_settings(config: RunConfig, prompts: PromptBuilder) -> AdapterSettings | None:
     """Return the adapters that the run trains, None where it trains the weights themselves."""
-    lora, folder = config.training.lora, access.model_dir(config)
+    folder = access.model_dir(config)
+    if config.training.lora.rank is None:
+        return None
+    return adapters_on(
+        config,
+        coordinate_ids=tuple(int(token_id) for token_id in prompts.coord_vocab.ids),
+        base=BaseModel(path=str(folder.resolve()), fingerprint=model_fingerprint(folder)),
+    )
+
+
+def adapters_on(
+    config: RunConfig, *, coordinate_ids: tuple[int, ...], base: BaseModel
+) -> AdapterSettings | None:
+    """Return the run's adapters on any ``base`` with coordinate tokens; None without adapters."""
+    lora = config.training.lora
     if lora.rank is None:
         return None
     return AdapterSettings(
@@ -24,8 +38,8 @@ def adapter_settings(config: RunConfig, prompts: PromptBuilder) -> AdapterSettin
         dropout=lora.dropout,
         targets=lora.targets,
         is_dora=lora.dora,
-        coordinate_ids=tuple(int(token_id) for token_id in prompts.coord_vocab.ids),
-        base=BaseModel(path=str(folder.resolve()), fingerprint=model_fingerprint(folder)),
+        coordinate_ids=coordinate_ids,
+        base=base,
     )
 
 
