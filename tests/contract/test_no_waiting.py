@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.matcher_door import MatcherDoor, RawEntry
 from broker_schemas.broker.status import read_status
-from broker_schemas.client import SegmentSink, SinkSettings
+from broker_schemas.client import SegmentSink, SinkSettings, segment_line
 from broker_schemas.errors import BrokerUnavailable, DeadlinePassed
 from broker_schemas.records.records import SegmentRecord
 from consumers import matcher as matching
@@ -145,7 +145,8 @@ def test_a_producer_encodes_the_next_batch_while_one_is_pushed(real_broker: Brok
 @pytest.mark.req("Q-12")
 def test_batches_wait_for_room_and_what_was_pushed_before_the_end_of_patience_stays(broker: Broker) -> None:
     rollouts = [make_rollout(record_id=name) for name in ("a", "b")]
-    room = SinkSettings(max_bytes=len(rollouts[0].encode_body()) + 8)
+    sizes = [len(segment_line(item)) + len(item.encode_body()) for item in rollouts]
+    room = SinkSettings(max_bytes=sum(sizes) - 1)
     with pytest.raises(DeadlinePassed, match=r"broker full for 0\.1 s"):
         list(SegmentSink(broker, room).push_batches([[item] for item in rollouts], deadline_s=0.1))
     assert SegmentSink(broker).push(rollouts) == ["duplicate", "ok"]
