@@ -6,26 +6,32 @@ over, counted and named once.
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from contextlib import contextmanager, suppress
+from typing import Any, Final, TypeVar
 
 import redis
 from rq import Queue, Retry, SimpleWorker, worker_registration
-from rq.exceptions import InvalidJobOperation, NoSuchJobError, TimeoutFormatError
+from rq.exceptions import InvalidJobOperation, NoSuchJobError, StopRequested, TimeoutFormatError
 from rq.job import Job
 from rq.registry import FailedJobRegistry, StartedJobRegistry, clean_registries
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from broker_schemas.broker.connection import broker_errors
+from broker_schemas.broker.role_loop import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from broker_schemas.broker.rollout_requests import RolloutRequest
-from broker_schemas.errors import MalformedRecord
+from broker_schemas.broker.trouble_log import TroubleLog
+from broker_schemas.errors import BrokerError, BrokerRefused, BrokerUnavailable, MalformedRecord
 from producers.broken_jobs import BrokenJobs
 from producers.producer import Producer
 
+log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 JOB_FUNCTION: Final = "producers.jobs.run_request"
 # fields of a job's hash that name code or places to call, or that we never write
 IGNORED_FIELDS: Final = {
@@ -238,6 +244,7 @@ class RolloutWorker(SimpleWorker):  # type: ignore[misc]
 
     queue_class = RolloutQueue
     job_timeout_s: int | None = None
+    refusal: BrokerRefused | None = None
 
     @classmethod
     def work_for(
@@ -256,15 +263,71 @@ class RolloutWorker(SimpleWorker):  # type: ignore[misc]
         )
         producer.is_stopping = lambda: bool(worker._stop_requested)
         worker.job_timeout_s = producer.settings.job_timeout_s
+        worker.max_connection_wait_time = LONGEST_PAUSE_S
         worker.work(logging_level="WARNING", with_scheduler=False)
+        if worker.refusal is not None:
+            raise worker.refusal
+        if worker._shutdown_requested_date is None:
+            raise BrokerUnavailable("rollout jobs: the worker ended by itself, the lines above say why")
+
+    def register_birth(self) -> None:
+        """Say that the worker is there, once the broker takes it."""
+        self._patiently(super().register_birth)
+
+    def register_death(self) -> None:
+        """Say that the worker is gone; where nobody hears it, its key ends by itself."""
+        with suppress(redis.exceptions.RedisError):
+            super().register_death()
+
+    def heartbeat(self, *args: Any, **kwargs: Any) -> None:
+        """Say that the worker lives; a broker that takes no writes now hears the next one."""
+        with suppress(redis.exceptions.RedisError):
+            super().heartbeat(*args, **kwargs)
+
+    def check_for_suspension(self, burst: bool) -> None:
+        self._patiently(lambda: super(RolloutWorker, self).check_for_suspension(burst))
+
+    def dequeue_job_and_maintain_ttl(
+        self, timeout: int | None, max_idle_time: int | None = None
+    ) -> tuple[RolloutJob, RolloutQueue] | None:
+        """Wait for a job, also while the broker is away or full: RQ's own would end the worker."""
+        job: tuple[RolloutJob, RolloutQueue] | None = self._patiently(
+            lambda: super(RolloutWorker, self).dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+        )
+        return job
+
+    def _patiently(self, ask: Callable[[], Answer]) -> Answer:
+        pause_s, trouble = FIRST_PAUSE_S, TroubleLog(log, "producer: rollout jobs")
+        while True:
+            try:
+                with broker_errors("asking for a rollout job"):
+                    answer = ask()
+            except BrokerRefused as exc:
+                self.refusal = exc
+                raise StopRequested from exc
+            except BrokerError as exc:
+                trouble.on_trouble(exc)
+            else:
+                trouble.on_well()
+                return answer
+            if self._stop_requested:
+                raise StopRequested
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def execute_job(self, job: RolloutJob, queue: RolloutQueue) -> None:
-        """Run one job; one whose own keys cannot be used is left out."""
+        """Run one job; one whose own keys cannot be used is left out.
+
+        Where the broker does not take RQ's own notes of a job, the request's lease says what becomes of it.
+        """
         if self.job_timeout_s is not None:
             job.timeout = self.job_timeout_s
         try:
             with wrong_types_are_no_job(job.id.encode()):
                 super().execute_job(job, queue)
+        except redis.exceptions.RedisError as exc:
+            log.warning("producer: job %s could not be noted (%s); its lease ends by itself", job.id, exc)
+            time.sleep(FIRST_PAUSE_S)
         except (NoSuchJobError, InvalidJobOperation, *RESTORE_ERRORS) as exc:
             queue.broken.note("the queue", job.id.encode(), str(exc) or type(exc).__name__)
             self.connection.lrem(queue.intermediate_queue_key, 1, job.id)
@@ -272,6 +335,10 @@ class RolloutWorker(SimpleWorker):  # type: ignore[misc]
     def run_maintenance_tasks(self) -> None:
         """Clean this queue's registries; RQ's own stops at the first entry that is no job."""
         self.last_cleaned_at = now()
+        with suppress(redis.exceptions.RedisError):  # a broker that is away or full: the next time
+            self._clean_queues()
+
+    def _clean_queues(self) -> None:
         for queue in self.queues:
             if not queue.acquire_maintenance_lock():
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from broker_schemas.broker.connection import (
 )
 from broker_schemas.broker.keys import MATCHER_GROUP, PACKER_GROUP, RunKeys
 from broker_schemas.broker.script_library import Argument, run_script
+from broker_schemas.errors import BrokerFull
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,9 @@ class Broker:
         broker = cls(open_redis(address, socket_timeout_s=socket_timeout_s), keys, address)
         check_server(broker.client, address)
         check_keeps_everything(broker.client, address)
-        broker.make_groups()
+        # a full server refuses even groups that are there; one that is not shows when it is read
+        with suppress(BrokerFull):
+            broker.make_groups()
         return broker
 
     def make_groups(self) -> None:

@@ -26,6 +26,13 @@ LOWEST_SERVER: Final = (6, 2, 0)
 READ_BYTES: Final = 1 << 18
 """Taken from the socket in one call: bodies are read by the megabyte."""
 _TLS_REFUSAL: Final = re.compile(r"CERTIFICATE_VERIFY_FAILED|\[X509|\[PEM")
+_PASSES: Final = re.compile(r"\b(READONLY|CLUSTERDOWN|MASTERDOWN|NOREPLICAS|TRYAGAIN|BUSY|LOADING)\b")
+"""What a server says while it fails over, loses its replicas or is held up by another's script."""
+_PASSING: Final = (
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.TryAgainError,
+)
 _PASSWORD: Final = re.compile(r"(?<=:)[^:@/]+(?=@)")
 
 
@@ -144,12 +151,24 @@ def broker_errors(doing: str) -> Iterator[None]:
 
 def _from_response(doing: str, exc: redis.exceptions.ResponseError) -> BrokerError | PlaceTaken:
     text = str(exc)
+    if isinstance(exc, redis.exceptions.AskError):  # MovedError is one
+        return BrokerRefused(
+            f"{doing}: the cluster keeps this run at another of its nodes, {exc.host}:{exc.port}; give that "
+            "one in broker.url"
+        )
+    if isinstance(exc, _PASSING) or _PASSES.search(text):
+        return BrokerUnavailable(
+            f"{doing}: the server does not take this now ({text}); if it stays so, is it a replica, or a "
+            "cluster that lacks nodes?"
+        )
     if "FENCED" in text:
         return PlaceTaken(f"{doing}: {text.partition('FENCED ')[2]}; nothing more is written here")
     if "NOAUTH" in text or "WRONGPASS" in text or "Authentication required" in text:
         return BrokerRefused(f"{doing}: the broker wants a password ({text}); set it in the environment")
     if "OOM" in text:
         return BrokerFull(f"{doing}: the server is out of memory ({text}); raise maxmemory or free a run")
+    if "MISCONF" in text:
+        return BrokerFull(f"{doing}: the server cannot write to its disk ({text}); free some space there")
     if "NOGROUP" in text:
         return GroupGone(f"{doing}: the broker answers {text}")
     # a script's caller lacks a right: Redis 6.2 says so in words of its own

@@ -81,6 +81,9 @@ class ArchiveWriter:
             self._advance()  # from now on nothing is let go of that is not here
             self._is_announced = True
         events = follow_events(self._broker, self.cursor, block_ms=block_ms)
+        # behind the archive's end comes what followed it, not what a restarted server did instead
+        while events and not self._advance():
+            events = follow_events(self._broker, self.cursor, block_ms=1)
         if not events:
             return 0
         payloads = self._payload_frames(events)
@@ -92,25 +95,32 @@ class ArchiveWriter:
         self._metrics.on_archived(num_events=len(events), size_bytes=self.size_bytes)
         return len(events)
 
-    def _advance(self) -> None:
-        """Tell the broker how far the archive is; where it remembers otherwise, find out what it lost."""
+    def _advance(self) -> bool:
+        """Tell the broker how far the archive is; where it remembers otherwise, find out what it lost.
+
+        Return whether nothing was lost since the last time.
+        """
+        is_whole, was_looked_for = True, 0
         while True:
             reply = self._broker.run(
-                "advance_archive", ["archive"], [self.cursor, EVENTS_KEPT_IN_BROKER, self._noted]
+                "advance_archive",
+                ["archive"],
+                [self.cursor, EVENTS_KEPT_IN_BROKER, self._noted, was_looked_for],
             )
             if reply[0]:
                 self._noted = self.cursor
-                return
+                return is_whole
             remembered = reply[1].decode()
-            loss = find_loss(self._broker, self._noted, remembered)
+            loss = find_loss(self._broker, self.cursor, remembered)
             if loss is not None:
+                is_whole = False
                 note_loss(self._folder, loss)
                 log.error(
                     "archive: the broker crashed and lost acknowledged events after %s, up to %s; they are "
                     "undone and done again (broker.durability 'always' loses nothing)",
                     *(loss.kept_upto, loss.lost_upto),
                 )
-            self._noted = remembered
+            self._noted, was_looked_for = remembered, 1
 
     @property
     def size_bytes(self) -> int:

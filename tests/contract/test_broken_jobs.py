@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import redis
 from prometheus_client import CollectorRegistry
 from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.connection import BrokerAddress
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.rollout_requests import RolloutRequest, renew_lease
 from broker_schemas.broker.status import read_status
+from broker_schemas.errors import BrokerRefused, BrokerUnavailable
 from producers import jobs
 from producers.broken_jobs import BrokenJobs
 from producers.dispatcher import Dispatcher
@@ -22,6 +27,7 @@ from producers.metrics import DispatcherMetrics
 from rollstream.history.gc import collect
 from tests.builders.settings import dispatcher_settings, lease_settings
 from tests.contract.test_rollout_jobs import FakeProducer
+from tests.redis_servers import program_or_skip, running_server
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 NO_JOBS = [b"\xff\xfe", b"", b"a:b:c", b"no hash", b"no-such-job", b"x" * 100_000]
@@ -223,6 +229,51 @@ def test_a_worker_killed_in_a_job_comes_back_under_the_same_name_at_once(
     producer = FakeProducer()
     producer.settings = type("Settings", (), {"name": "host-1", "job_timeout_s": 9})  # type: ignore[attr-defined]
     for _ in range(3):
-        RolloutWorker.work_for(producer, broker.client, queue.name)  # type: ignore[arg-type]
+        with pytest.raises(BrokerUnavailable, match="ended by itself"):
+            RolloutWorker.work_for(producer, broker.client, queue.name)  # type: ignore[arg-type]
     assert len(set(names)) == 3
     assert all(name.startswith("host-1-") for name in names)
+
+
+@pytest.mark.req("Q-12", "O-5")
+def test_a_worker_waits_out_a_server_that_takes_no_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a server at its memory limit when the worker begins, and again while its first job runs."""
+    with running_server(program_or_skip(), ["--port", "0"], tmp_path / "log") as socket:
+        broker = Broker.connect("demo", BrokerAddress(url=f"unix://{socket}"))
+        queue = rollout_queue(broker.client, broker.keys.rollout_queue)
+        enqueue_request(queue, a_request("r-1"), attempt=1, job_timeout_s=60)
+        enqueue_request(queue, a_request("r-2"), attempt=1, job_timeout_s=60)
+
+        def fill_for_a_while() -> None:
+            broker.client.config_set("maxmemory", "1")
+            threading.Timer(0.3, broker.client.config_set, ("maxmemory", "0")).start()
+
+        class FillingProducer(FakeProducer):
+            def run(self, request: RolloutRequest) -> list[str]:
+                fill_for_a_while()
+                return super().run(request)
+
+        producer = FillingProducer()
+        monkeypatch.setitem(jobs._PRODUCERS, "this", producer)  # type: ignore[arg-type]
+        fill_for_a_while()
+        a_worker(queue).work(burst=True, logging_level="CRITICAL", with_scheduler=False)
+
+        assert producer.ran == ["r-1", "r-2"]
+        broker.close()
+
+
+@pytest.mark.req("Q-1")
+def test_a_worker_without_its_rights_ends_and_says_so(
+    queue: RolloutQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise redis.exceptions.NoPermissionError("this user has no permissions to run the 'lmove' command")
+
+    monkeypatch.setattr(RolloutQueue, "dequeue_any", refused)
+    producer = FakeProducer()
+    producer.settings = type("Settings", (), {"name": "host-1", "job_timeout_s": 9})  # type: ignore[attr-defined]
+
+    with pytest.raises(BrokerRefused, match="'lmove'"):
+        RolloutWorker.work_for(producer, queue.connection, queue.name)  # type: ignore[arg-type]

@@ -211,16 +211,50 @@ def test_a_learner_whose_claim_was_lost_stops_and_says_so(lossy: Crashing, tmp_p
     broker.close()
 
 
-@pytest.mark.req("Q-14")
-def test_an_archive_killed_before_it_told_the_broker_is_no_loss(lossy: Crashing, tmp_path: Path) -> None:
-    folder, broker = tmp_path / "archive", lossy.connect()
-    fill(broker, 4, "a")
-    archive = ArchiveWriter(broker, folder)
-    broker.client.config_set("min-replicas-to-write", 1)  # reads go on, the noting of the cursor fails
+def archive_without_noting(broker: Broker, folder: Path) -> ArchiveWriter:
+    """Archive a batch whose end the broker is never told: reads go on, the noting of the cursor fails."""
+    archive = ArchiveWriter(
+        broker, folder, confirm=lambda: broker.client.config_set("min-replicas-to-write", 1)
+    )
+    before = archive.cursor
     with pytest.raises(BrokerError):
         archive.step(block_ms=1)
     broker.client.config_set("min-replicas-to-write", 0)
     archive.close()
+    assert archive.cursor != before
+    return archive
+
+
+@pytest.mark.req("Q-14", "Q-20")
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_what_was_archived_but_not_yet_noted_is_named_when_the_broker_lost_it(
+    lossy: Crashing, tmp_path: Path, is_restarted: bool
+) -> None:
+    folder, broker = tmp_path / "archive", lossy.connect()
+    fill(broker, 12, "a")
+    drain(ArchiveWriter(broker, folder))
+    on_disk = lossy.size_bytes()
+    train(a_learner(broker), 0)
+    archive = archive_without_noting(broker, folder)
+
+    lossy.crash(cut=on_disk)
+    train(a_learner(broker), 0)
+    again = ArchiveWriter(broker, folder)
+    if not is_restarted:
+        again.cursor, again._noted = archive.cursor, archive._noted
+    drain(again)
+
+    assert [loss.lost_upto for loss in read_losses(folder)] == [archive.cursor]
+    audit = audit_of(folder, broker)
+    assert (audit.balanced, audit.undone["optimizer_steps"]) == (True, [0]), audit.faults
+    broker.close()
+
+
+@pytest.mark.req("Q-14")
+def test_an_archive_killed_before_it_told_the_broker_is_no_loss(lossy: Crashing, tmp_path: Path) -> None:
+    folder, broker = tmp_path / "archive", lossy.connect()
+    fill(broker, 4, "a")
+    archive_without_noting(broker, folder)
 
     archive = ArchiveWriter(broker, folder)
     train(a_learner(broker), 0)

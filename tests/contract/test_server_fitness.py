@@ -80,6 +80,8 @@ def test_a_server_full_of_rollouts_alone_frees_itself(tmp_path: Path, program: s
         push(broker, *names)
         lose_reply(broker, "segments", MATCHER_GROUP, "matcher-0", 5)  # pending and found again at the limit
         broker.client.config_set("maxmemory", "1")
+        broker.close()
+        broker = Broker.connect("demo", BrokerAddress(url=f"unix://{socket}"))  # roles are started again too
         with pytest.raises(BrokerFull):
             push(broker, "late")
         learner = a_learner(broker, version_window=9)
