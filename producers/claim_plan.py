@@ -109,9 +109,7 @@ def free_places(
 def _claim(
     lots: Sequence[Lot], left: Sequence[float], there: Sequence[int], world_size: int, wanted: float
 ) -> tuple[list[float], list[float]]:
-    """Return what a claim takes of each lot, earliest deadline
-    first, and the places it leaves on each rank.
-    """
+    """Return what a claim takes of each lot, earliest deadline first, and the places left on each rank."""
     places = [wanted] * world_size
     held = [0.0] * world_size
     for at in there:

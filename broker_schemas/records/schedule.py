@@ -14,8 +14,7 @@ class InvalidRatio(ValueError):
 
 
 def is_rollout_step(optimizer_step: int, b_ratio: ExactRatio) -> bool:
-    """Return whether optimizer step `optimizer_step` (from 0) is a
-    B step: floor((s+1)r) > floor(s r), exactly.
+    """Return whether step s, `optimizer_step` from 0, is a B step: floor((s + 1) r) > floor(s r), exactly.
 
     `b_ratio` is r in [0, 1] as a decimal string, `Decimal`, `Fraction` or whole number; a float is refused,
     because 0.29 as a float is not 29/100 and the schedule would drift. Among any 1/r steps in a row the B
@@ -24,7 +23,8 @@ def is_rollout_step(optimizer_step: int, b_ratio: ExactRatio) -> bool:
     """
     if optimizer_step < 0:
         raise ValueError(f"optimizer_step: got {optimizer_step}, expected 0 or more")
-    return num_rollout_steps(optimizer_step + 1, b_ratio) > num_rollout_steps(optimizer_step, b_ratio)
+    numerator, denominator = _exact_ratio(b_ratio)
+    return (optimizer_step + 1) * numerator // denominator > optimizer_step * numerator // denominator
 
 
 def num_rollout_steps(num_steps: int, b_ratio: ExactRatio) -> int:
@@ -45,9 +45,16 @@ def next_rollout_step(optimizer_step: int, b_ratio: ExactRatio) -> int:
     return -(-(num_rollout_steps(optimizer_step, b_ratio) + 1) * denominator // numerator) - 1
 
 
+def _exact_ratio(b_ratio: ExactRatio) -> tuple[int, int]:
+    # a Fraction is hashed by a division: asking the cache would cost more than looking
+    if type(b_ratio) is Fraction and 0 <= b_ratio.numerator <= b_ratio.denominator:
+        return b_ratio.numerator, b_ratio.denominator
+    return _read_ratio(b_ratio)
+
+
 # typed: 0.5 and Decimal("0.5") are equal and hash alike, and the float must not find the other's entry
 @lru_cache(maxsize=64, typed=True)
-def _exact_ratio(b_ratio: ExactRatio) -> tuple[int, int]:
+def _read_ratio(b_ratio: ExactRatio) -> tuple[int, int]:
     if not isinstance(b_ratio, str | Decimal | Fraction | int) or isinstance(b_ratio, bool):
         raise InvalidRatio(
             f"stage2_ab.schedule.b_ratio: got {b_ratio!r} ({type(b_ratio).__name__}), expected a decimal "

@@ -16,6 +16,8 @@ def visible_text(text: str) -> str:
     Rollout text is hostile input: an escape character would be obeyed by a terminal, and a direction mark
     would reorder what follows it. Line breaks and tabs stay; the empty text stays empty.
     """
+    if text.isprintable():  # none of the categories that are replaced, and nearly every text
+        return text
     return "".join(_visible(character) for character in text)
 
 

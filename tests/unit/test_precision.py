@@ -38,6 +38,7 @@ def movement(folder: Path, precision: Precision, learning_rate: float) -> float:
         max_steps=NUM_STEPS,
         b_ratio="0",
         save_every_steps=0,
+        row_capacity_tokens=256,  # the step in one row
         is_policy_published=False,
     )
     run_one(one_rank(), settings, FakeBroker(1))
