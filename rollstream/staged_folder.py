@@ -14,6 +14,7 @@ from typing import Any, Final
 from broker_schemas.errors import DataError
 
 MARKER_NAME: Final = "made_by_rollstream.json"
+READABLE: Final = 0o644
 
 
 @contextmanager
@@ -32,6 +33,9 @@ def staged_folder(destination: Path, maker: str, arguments: Mapping[str, Any]) -
         yield staging
         marker = {"made_by": maker, "arguments": dict(arguments)}
         (staging / MARKER_NAME).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        for path in staging.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(READABLE)  # containers read it as another user; some writers of weights make 0600
         _swap(staging, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -83,7 +87,7 @@ def write_atomically(path: Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        part.chmod(0o644)
+        part.chmod(READABLE)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)

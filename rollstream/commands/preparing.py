@@ -26,8 +26,9 @@ PASSWORDS: Final = ("REDIS_PASSWORD", "GRAFANA_PASSWORD")
 def prepare_inputs(config: RunConfig) -> Iterator[str]:
     """Look for data and model, make the demo's own where they are missing, and yield a line about each.
 
-    What is there stays as it is. Raises DataError for inputs of one's own that are not there: nothing is
-    drawn into a folder, or copied under the name, of something else.
+    What is there stays as it is. Raises DataError for inputs of one's own that are not there or may not be
+    read, since nothing is drawn into a folder, or copied under the name, of something else; and where the
+    run may not be written.
     """
     wanted = (("data.train_jsonl", config.data.train_jsonl), ("data.val_jsonl", config.data.val_jsonl))
     paths = [(key, Path(path)) for key, path in wanted if path is not None]
@@ -37,6 +38,7 @@ def prepare_inputs(config: RunConfig) -> Iterator[str]:
     model = config.model.name_or_path
     if model is not None and Path(model) != DEMO_MODEL:
         _check_model(model)
+    _check_runs(Path(config.run.output_dir) / config.run.name)
     yield from (f"data: {path} is there" for _, path in paths if path.is_file())
     if any(not path.is_file() for _, path in paths):
         yield f"data: {make_scenes(DEMO_DATA[0].parent)}"
@@ -56,12 +58,27 @@ def _prepare_model(model: Path) -> Iterator[str]:
 
 def _check_model(name: str) -> None:
     try:
-        resolve_model_dir(name)
+        folder = resolve_model_dir(name)
     except DataError as exc:
         raise DataError(
             f"model.name_or_path: {exc}; in containers, mount the folder that holds it (MODELS_DIR=./models) "
             "or the Hugging Face cache (HUB_CACHE)"
         ) from exc
+    closed = [path for path in sorted(folder.iterdir()) if not os.access(path, os.R_OK)]
+    if closed:
+        raise DataError(
+            f"model.name_or_path: user {os.getuid()} may not read {closed[0]}; in containers set RUN_USER to "
+            "the owner of the files, or let everybody read them (chmod -R a+rX)"
+        )
+
+
+def _check_runs(folder: Path) -> None:
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DataError(
+            f"run.output_dir: user {os.getuid()} may not write into {place}, where the run would lie; in "
+            "containers set RUN_USER to the owner of RUNS_DIR, or give the folder to that user"
+        )
 
 
 def _missing(key: str, path: Path, variable: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +34,8 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_S: Final = 2.0
 PROBE_KEPT_S: Final = 1.0
-# what each role needs before it can work, beside the broker: `reached` is called with it
-NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "learn": ("model",),
-    "match": ("model",),
-    "produce": ("model", "policy"),
-}
+# what each role reads before it can work: it calls `reached` with it. Broker and policy are probed instead
+NEEDS: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("learn", "match", "produce"), ("model",))
 ROLE_OF_COMMAND: Final[Mapping[str, str]] = {
     "learn": "learner",
     "dispatch": "dispatcher",
@@ -93,6 +90,15 @@ class LabelledView(Collector):
                 sample._replace(labels={**self._labels, **sample.labels}) for sample in family.samples
             ]
             yield family
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of a client that gave up waiting: a probe does so wherever the machine is busy."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class Endpoint:
@@ -201,14 +207,13 @@ def serve(
             """Say nothing: a probe comes every few seconds."""
 
     server = _bound(host, port, Handler, name)
-    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
 
 
 def _bound(host: str, port: int, handler: type[BaseHTTPRequestHandler], name: str) -> ThreadingHTTPServer:
     try:
-        return ThreadingHTTPServer((host, port), handler)
+        return _Server((host, port), handler)
     except OSError as exc:
         raise ConfigError(
             f"metrics of {name}: port {port} on {host} cannot be used ({exc.strerror}); "

@@ -267,6 +267,30 @@ def test_init_invents_nothing_for_inputs_of_ones_own(
     assert not list(tmp_path.iterdir()), "nothing was drawn or copied"
 
 
+def test_init_says_at_once_that_nobody_may_write_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # the tests may be root's, who may write anywhere unless the container took that right away
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(DataError, match=r"run\.output_dir: user \d+ may not write into .*runs.*RUN_USER"):
+        list(prepare_inputs(load_config(ROOT / CONFIG)))
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_init_says_at_once_that_the_model_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(ROOT / CONFIG)
+    list(prepare_inputs(config))
+    override = f"model.name_or_path={tmp_path / 'models/scenes_tiny'}"
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "model.safetensors")
+    with pytest.raises(DataError, match=r"user \d+ may not read .*model\.safetensors.*RUN_USER"):
+        list(prepare_inputs(load_config(ROOT / CONFIG, (override,))))
+
+
 def test_passwords_that_everybody_can_read_are_told_at_the_start() -> None:
     told = {"REDIS_PASSWORD": "rollstream", "GRAFANA_PASSWORD": "of my own"}
     assert default_passwords(told) == ["REDIS_PASSWORD"]

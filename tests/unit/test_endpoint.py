@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
+import threading
 import time
 from collections.abc import Mapping
 from http.client import HTTPConnection
@@ -76,6 +78,39 @@ def test_a_process_lives_at_once_and_is_ready_when_nothing_is_missing() -> None:
         time.sleep(0.05)
     assert json.loads(get(port, "/readyz")[1])["lacks"] == {"broker": "gone again"}
     assert get(port, "/other")[0] == 404
+
+
+@pytest.mark.req("O-1")
+@pytest.mark.parametrize("command", ["produce", "match", "learn", "dispatch", "pack", "gather", "archive"])
+def test_a_role_is_ready_when_it_has_read_its_model(tmp_path: Path, command: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    config = load_mapping(tmp_path, make_mapping(metrics__base_port=9400))
+    endpoint = Endpoint.start(config, command, 0, port)
+
+    endpoint.reached("model")
+
+    assert get(port, "/readyz") == (200, '{"ready": true, "lacks": {}}\n')
+
+
+def test_a_client_that_gives_up_leaves_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    asked, gone = threading.Event(), threading.Event()
+
+    def probe() -> Mapping[str, str]:
+        asked.set()
+        gone.wait(10)
+        return {}
+
+    port = served(Readiness((), probe))
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET /readyz HTTP/1.0\r\n\r\n")
+        assert asked.wait(10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    gone.set()
+
+    assert get(port, "/healthz")[0] == 200
+    time.sleep(0.1)
+    assert capfd.readouterr().err == ""
 
 
 def test_the_first_rank_names_all_ranks_by_the_name_it_was_asked_by() -> None:

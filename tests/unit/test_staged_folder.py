@@ -64,3 +64,15 @@ def test_a_folder_of_someone_else_is_refused_and_an_empty_one_is_used(tmp_path: 
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     make(tmp_path / "empty", "x")
     check_replaceable(tmp_path / "absent", "data scenes")
+
+
+def test_every_user_may_read_what_it_made(tmp_path: Path) -> None:
+    # weights are written for their owner alone by some writers, and containers read them as another user
+    with staged_folder(tmp_path / "model", "model tiny", {}) as staging:
+        (staging / "parts").mkdir()
+        for name in ("model.safetensors", "parts/0"):
+            (staging / name).write_text("weights")
+            (staging / name).chmod(0o600)
+
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert modes == {0o644}
