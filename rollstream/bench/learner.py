@@ -148,9 +148,9 @@ def _predicted_row_bytes(
         first_coordinate_id=PROBE_FIRST_COORDINATE,
         adapter=_adapters(lora_rank, PROBE_FIRST_COORDINATE),
     )
-    num_rows = config.text_config.vocab_size
-    loss_bytes = 3 * 4 * min(settings.loss_chunk_positions, shape.num_supervised) * num_rows
-    return int(probe_row(config, narrow).row_bytes(shape.num_tokens, shape.num_patches) + loss_bytes)
+    cost, size = probe_row(config, narrow), (shape.num_tokens, shape.num_patches)
+    positions = min(settings.loss_chunk_positions, shape.num_supervised)
+    return cost.kept_bytes(*size) + cost.passing_bytes(*size, positions)
 
 
 @dataclass(frozen=True, kw_only=True)

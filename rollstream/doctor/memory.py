@@ -54,7 +54,7 @@ def examine_memory(
     cost = probe_row(model_config, _practice(config))
     tokens = training.global_max_length
     patches = row_patches(config, model_config, tokens)
-    plan = plan_memory(_sizes(config, shape, cost.row_bytes(tokens, patches)))
+    plan = plan_memory(_sizes(config, shape, cost, patches))
     device_bytes, rate = _device_bytes(config, gpu_gb), _write_rate(access.run_folder(config).path)
     remedy = Remedy(
         can_checkpoint_activations=not training.activation_checkpointing,
@@ -97,16 +97,20 @@ def _num_sharing(config: RunConfig) -> int:
     return num_ranks if sharding == "full" else len(config.devices.learner_gpus) or num_ranks
 
 
-def _sizes(config: RunConfig, shape: ModelShape, row_bytes: int) -> MemorySizes:
+def _sizes(config: RunConfig, shape: ModelShape, cost: RowCost, patches: int) -> MemorySizes:
     training = config.training
+    tokens = training.global_max_length
+    positions = training.loss_chunk_positions or tokens // 2
     trained, published = trained_weights(config, shape)
     return MemorySizes(
         trained=trained,
         frozen=shape.total - (0 if training.lora.rank is not None else trained),
         published=published,
         is_frozen_kept=training.lora.rank is None,
-        row_bytes=row_bytes,
-        loss_bytes=_loss_bytes(config, shape),
+        row_bytes=cost.kept_bytes(tokens, patches),
+        passing_bytes=cost.passing_bytes(tokens, patches, positions),
+        outside_layers=shape.outside_layers,
+        largest_layer=shape.largest_layer,
         precision=config.precision,
         num_sharing=_num_sharing(config),
         num_ranks_here=len(config.devices.learner_gpus) or config.learner_world_size,
@@ -135,12 +139,6 @@ def row_patches(config: RunConfig, model_config: Any, row_tokens: int) -> int:
     text_tokens = min(config.rollout_matching.max_new_tokens, 512)
     num_images = max(row_tokens // (image_tokens + text_tokens), 1)
     return int(num_images * patches)
-
-
-def _loss_bytes(config: RunConfig, shape: ModelShape) -> int:
-    # logits, their softmax and its gradient of one chunk in float32
-    positions = config.training.loss_chunk_positions or config.training.global_max_length // 2
-    return 3 * 4 * positions * shape.num_rows
 
 
 def _model_config(config: RunConfig) -> Any:

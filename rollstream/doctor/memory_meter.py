@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts bytes of tensors that appear while it is entered; ``peak_bytes`` is the most at one time.
 
     What one kernel takes and gives back inside itself is not seen. ``skips_products`` gives zeros for matrix
-    products instead of computing them: their memory is the same, and bfloat16 is slow on most CPUs.
+    products and attention instead of computing them: their memory is the same, and bfloat16 is slow on most
+    CPUs.
     """
 
     def __init__(self, *, skips_products: bool = False) -> None:
@@ -28,11 +28,11 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for leaf in tree_leaves((args, kwargs or {})):
+        for leaf in _flat((args, *(kwargs or {}).values())):
             self._note(leaf, is_new=False)
         skipped = _without_product(func, args) if self._skips_products else None
         output = func(*args, **(kwargs or {})) if skipped is None else skipped
-        for leaf in tree_leaves(output):
+        for leaf in _flat((output,)):
             self._note(leaf, is_new=True)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return output
@@ -54,9 +54,23 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live_bytes -= num_bytes
 
 
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield what is in ``values`` and in lists within; operators take and give nothing deeper."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
 def _without_product(func: Any, args: tuple[Any, ...]) -> Any:
-    """Return zeros of the shape of a product of matrices or patches; None where ``func`` is none."""
+    """Return zeros in the shape of a product or of attention; None where ``func`` is neither."""
     aten = torch.ops.aten
+    if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        query = args[0]
+        return torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=torch.float32)
+    if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return tuple(torch.zeros_like(tensor) for tensor in args[1:4])
     if func in (aten.mm.default, aten.addmm.default):
         left, right = args[-2:]
         return left.new_zeros((left.shape[0], right.shape[1]))

@@ -16,22 +16,25 @@ class MemorySizes:
     """What the plan is made of, in weights and bytes.
 
     ``trained`` weights have gradients and moments, ``frozen`` ones have not; ``published`` are what a policy
-    version holds; ``is_frozen_kept``: a checkpoint has the frozen ones too. ``row_bytes`` is the most that
-    one packed row keeps, above weights and gradients. ``num_sharing`` ranks share one copy.
-    ``num_ranks_here`` ranks run on one host.
+    version holds; ``is_frozen_kept``: a checkpoint has the frozen ones too. ``row_bytes`` is what one packed
+    row keeps until its loss, ``passing_bytes`` the most that comes on top of it. ``num_sharing`` ranks share
+    one copy; then ``outside_layers`` weights are gathered for a whole row and those of ``largest_layer`` for
+    one layer at a time. ``num_ranks_here`` ranks run on one host.
     """
 
     trained: int
     frozen: int
     published: int
     row_bytes: int
-    loss_bytes: int
+    passing_bytes: int
     precision: str
     num_sharing: int
     num_ranks_here: int
     cache_bytes: int
     publication_bytes_per_weight: int = BF16_BYTES
     is_frozen_kept: bool = True
+    outside_layers: int = 0
+    largest_layer: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +45,20 @@ class MemoryPlan:
     gradients: int
     moments: int
     row: int
-    losses: int
+    passing: int
+    gathered: int
     host: int
     sync: int
     checkpoint: int
 
     @property
+    def fixed(self) -> int:
+        """What is there whatever the row."""
+        return self.weights + self.gradients + self.moments + self.gathered
+
+    @property
     def rank(self) -> int:
-        return self.weights + self.gradients + self.moments + self.row + self.losses
+        return self.fixed + self.row + self.passing
 
     def fits(self, device_bytes: int) -> bool:
         """Return whether a device of this many bytes holds a rank."""
@@ -78,11 +87,23 @@ def plan_memory(sizes: MemorySizes) -> MemoryPlan:
         gradients=FLOAT32_BYTES * sizes.trained // sizes.num_sharing,
         moments=moments // sizes.num_sharing,
         row=sizes.row_bytes,
-        losses=sizes.loss_bytes,
+        passing=sizes.passing_bytes,
+        gathered=_gathered(sizes),
         host=host + sizes.num_ranks_here * sizes.cache_bytes,
         sync=sizes.published * sizes.publication_bytes_per_weight,
         checkpoint=checkpoint,
     )
+
+
+def _gathered(sizes: MemorySizes) -> int:
+    """Return what is put together from all ranks: FSDP2 fetches the next layer while one computes."""
+    if sizes.num_sharing == 1:
+        return 0
+    computing = BF16_BYTES if sizes.precision == "bf16" else FLOAT32_BYTES
+    layers = 2 * sizes.largest_layer * computing
+    # a trained layer's gradient, and its copy in float32 on its way to the ranks that keep it
+    on_the_way = sizes.largest_layer * (computing + FLOAT32_BYTES) if sizes.trained > sizes.frozen else 0
+    return sizes.outside_layers * computing + layers + on_the_way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +121,10 @@ def advice(plan: MemoryPlan, device_bytes: int, remedy: Remedy) -> list[str]:
     if plan.fits(device_bytes):
         return []
     said = []
-    fixed = plan.weights + plan.gradients + plan.moments
     if remedy.can_checkpoint_activations:
         said.append("training.activation_checkpointing: true keeps a fraction of the row's activations")
-    if plan.row > 0 and fixed < ROOM * device_bytes:
-        room = ROOM * device_bytes - fixed - plan.losses
+    if plan.row > 0 and plan.fixed < ROOM * device_bytes:
+        room = ROOM * device_bytes - plan.fixed - plan.passing
         tokens = int(remedy.row_tokens * max(room, 0) / plan.row) // 64 * 64
         if tokens >= 512:
             said.append(f"training.global_max_length: {tokens} fits beside the weights")

@@ -16,12 +16,14 @@ def render_memory(report: MemoryReport) -> str:
         ("gradients", plan.gradients),
         ("moments", plan.moments),
         (f"a row of {report.row_tokens:,} tokens, {report.row_patches:,} patches", plan.row),
-        ("losses of a chunk", plan.losses),
+        ("losses of a chunk, or the way back through a layer", plan.passing),
         ("one rank", plan.rank),
         ("host, all ranks here", plan.host),
         ("a sync", plan.sync),
         ("a checkpoint", plan.checkpoint),
     ]
+    if plan.gathered:
+        rows.insert(3, ("layers gathered from all ranks", plan.gathered))
     lines = [f"{report.shape.total / 1e9:.2f}e9 weights, {report.trained / 1e9:.3f}e9 of them trained"]
     lines += [f"{name:<48}{num_bytes / GB:>9.2f} GB" for name, num_bytes in rows]
     lines.append(

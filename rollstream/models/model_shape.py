@@ -17,7 +17,8 @@ class ModelShape:
     """Weights by part; ``vocabulary`` are those of embedding and head, a part of ``by_part["text"]``.
 
     ``vocabulary_rows`` counts rows of embedding and head together, once where they are tied. ``linears``:
-    (name, inputs, outputs) of every linear layer, which adapters are made for.
+    (name, inputs, outputs) of every linear layer, which adapters are made for. ``largest_layer`` and
+    ``outside_layers``: weights of one repeated block, and those of none.
     """
 
     by_part: dict[str, int]
@@ -26,6 +27,8 @@ class ModelShape:
     hidden: int
     num_rows: int
     linears: tuple[tuple[str, int, int], ...]
+    largest_layer: int = 0
+    outside_layers: int = 0
 
     @property
     def total(self) -> int:
@@ -56,6 +59,7 @@ def shape_of_config(config: Any) -> ModelShape:
     """Return the shape of the model that transformers makes of ``config``."""
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -64,6 +68,11 @@ def shape_of_config(config: Any) -> ModelShape:
     for name, parameter in model.named_parameters():
         by_part[part_of(name)] += parameter.numel()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    layers = [
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    ]
     num_tables = 1 if head is embedding else 2
     return ModelShape(
         by_part=by_part,
@@ -76,4 +85,6 @@ def shape_of_config(config: Any) -> ModelShape:
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear)
         ),
+        largest_layer=max(layers, default=0),
+        outside_layers=sum(by_part.values()) - sum(layers),
     )

@@ -15,7 +15,7 @@ from rollstream.commands.program import app
 from rollstream.doctor import memory
 from rollstream.doctor.memory_meter import MemoryMeter, measure_peak
 from rollstream.doctor.memory_plan import MemorySizes, Remedy, advice, plan_memory
-from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, RowCost, probe_row
+from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, Line, RowCost, probe_row
 from rollstream.models.model_shape import shape_of_config
 from rollstream.models.named_sizes import first_coordinate_id, named_config, sizes_named
 from rollstream.models.practice_learner import PracticeLearner, PracticeSettings
@@ -29,7 +29,7 @@ SIZES = MemorySizes(
     frozen=0,
     published=4 * GB,
     row_bytes=5 * GB,
-    loss_bytes=GB,
+    passing_bytes=GB,
     precision="bf16",
     num_sharing=1,
     num_ranks_here=2,
@@ -63,6 +63,9 @@ def test_bytes_of_a_rank_by_hand() -> None:
     assert (adapter.weights, adapter.sync, adapter.checkpoint) == (8_060_000_000, 20_000_000, 120_000_000)
     spread = plan_memory(replace(SIZES, trained=0, frozen=4 * GB, num_sharing=4))
     assert spread.weights == 2 * GB
+    gathered = plan_memory(replace(SIZES, num_sharing=4, outside_layers=GB, largest_layer=GB // 10))
+    assert gathered.gathered == 2 * GB + 2 * 2 * GB // 10 + 6 * GB // 10
+    assert plan_memory(replace(SIZES, outside_layers=GB)).gathered == 0
     exact = plan_memory(replace(SIZES, precision="float32"))
     assert (exact.weights, exact.gradients, exact.moments) == (16 * GB, 16 * GB, 32 * GB)
 
@@ -94,37 +97,70 @@ def test_the_meter_sees_what_is_held_at_one_time() -> None:
     assert meter.peak_bytes == 0
 
 
-@pytest.mark.req("L-12")
-@pytest.mark.parametrize("is_checkpointing, has_adapters", [(False, False), (True, False), (True, True)])
-def test_a_row_is_predicted_within_a_tenth(is_checkpointing: bool, has_adapters: bool) -> None:
-    config, first = named_config(sizes_named("tiny")), first_coordinate_id(sizes_named("tiny"))
-    ids = tuple(range(first, first + 1000))
-    adapter = adapter_settings(rank=16, coordinate_ids=ids) if has_adapters else None
-    settings = PracticeSettings(
-        precision="float32",
-        is_checkpointing_activations=is_checkpointing,
-        loss_chunk_positions=64,
-        first_coordinate_id=first,
-        adapter=adapter,
-    )
-    practice = PracticeLearner(config, settings, torch.device("cpu"))
-    shape = RowShape(num_segments=6, image_grid=(8, 8), prompt_tokens=60)
-    row = practice_row(shape, config, first, position_rule_of(practice.model))
-    practice.backward([row])
-    measured = measure_peak(lambda: practice.backward([row]), practice.device)
+SMALL = replace(
+    sizes_named("tiny"), hidden=96, heads=3, key_value_heads=3, intermediate=256, deepstack_layers=(0, 1, 2)
+)
+IDS = tuple(range(first_coordinate_id(SMALL), first_coordinate_id(SMALL) + 1000))
+RECIPES = {
+    "full": PracticeSettings(precision="bf16"),
+    "float32": PracticeSettings(precision="float32", loss_chunk_positions=64),
+    "checkpointing": PracticeSettings(precision="bf16", is_checkpointing_activations=True),
+    "dora": PracticeSettings(
+        precision="bf16",
+        is_checkpointing_activations=True,
+        adapter=adapter_settings(rank=16, is_dora=True, coordinate_ids=IDS),
+    ),
+}
 
-    first = PROBE_FIRST_COORDINATE
+
+@pytest.mark.req("L-12")
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_rank_takes_is_predicted_within_a_tenth(name: str) -> None:
+    config, settings = named_config(SMALL), replace(RECIPES[name], attention="segments")
+    settings = replace(settings, first_coordinate_id=IDS[0])
+    practice = PracticeLearner(config, settings, torch.device("cpu"))
+    shape = RowShape(num_segments=2, image_grid=(24, 32), prompt_tokens=60)
+    row = practice_row(shape, config, IDS[0], position_rule_of(practice.model))
+    measure_peak(lambda: practice.backward([row]), practice.device, skips_products=True)
+    measured_row = measure_peak(lambda: practice.backward([row]), practice.device, skips_products=True)
+    measured = measured_row + held_bytes(practice)
+
+    first, adapter = PROBE_FIRST_COORDINATE, settings.adapter
     if adapter is not None:
         adapter = replace(adapter, coordinate_ids=tuple(range(first, first + 1000)))
     cost = probe_row(config, replace(settings, first_coordinate_id=first, adapter=adapter))
+    positions = min(settings.loss_chunk_positions or shape.num_supervised, shape.num_supervised)
+    size = (shape.num_tokens, shape.num_patches)
+    trained = sum(parameter.numel() for parameter in practice.trained.parameters.values())
+    whole = shape_of_config(config).total
+    plan = plan_memory(
+        replace(
+            SIZES,
+            trained=trained,
+            frozen=whole if adapter is not None else whole - trained,
+            row_bytes=cost.kept_bytes(*size),
+            passing_bytes=cost.passing_bytes(*size, positions),
+            precision=settings.precision,
+        )
+    )
 
-    assert cost.row_bytes(shape.num_tokens, shape.num_patches) == pytest.approx(measured, rel=0.1)
+    assert plan.row + plan.passing == pytest.approx(measured_row, rel=0.1)
+    assert plan.rank == pytest.approx(measured, rel=0.1)
+
+
+def held_bytes(practice: PracticeLearner) -> int:
+    """Return what weights, gradients and both moments hold beside any row."""
+    trained = list(practice.trained.parameters.values())
+    tensors = [*practice.model.parameters(), *trained]
+    tensors += [parameter.grad for parameter in trained if parameter.grad is not None]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values()) + 2 * sum(4 * parameter.numel() for parameter in trained)
 
 
 def test_the_command_prints_a_table_and_ends_with_1_where_it_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cost = RowCost(bytes_per_token=100_000, bytes_per_patch=30_000, fixed_bytes=1_000_000)
+    cost = RowCost(kept=Line(fixed=1_000_000, per_token=100_000, per_patch=30_000))
     monkeypatch.setattr(memory, "probe_row", lambda config, settings: cost)
     mapping = make_mapping(run__output_dir=str(tmp_path), training__global_max_length=4096)
     path = write_file(tmp_path, mapping)
