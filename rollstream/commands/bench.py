@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from broker_schemas.errors import ConfigError
-from rollstream.commands.options import AsJson, Seed
+from rollstream.commands.options import AsJson, Overrides, Seed
 
 app = typer.Typer(no_args_is_help=True)
 Quick = Annotated[bool, typer.Option(help="a short look instead of a measurement")]
@@ -100,3 +101,43 @@ def learner(
         console.print_json(json.dumps(report.to_json()))
     else:
         console.print(report.render(), markup=False)
+
+
+@app.command()
+def learning(
+    config: Annotated[Path | None, typer.Option(help="YAML file; default: the demo's, on scenes")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps of a run", min=1)] = None,
+    seeds: Annotated[int, typer.Option(help="runs of every kind, each with its seed", min=1)] = 3,
+    b_ratio: Annotated[list[str] | None, typer.Option(help="one more A/B run with this; may repeat")] = None,
+    temperature: Annotated[list[str] | None, typer.Option(help="likewise, of sampling")] = None,
+    version_window: Annotated[list[str] | None, typer.Option(help="likewise")] = None,
+    gate: Annotated[list[str] | None, typer.Option(help="likewise, IoU of a match in training")] = None,
+    duplicate_weight: Annotated[list[str] | None, typer.Option(help="likewise")] = None,
+    transport: Annotated[list[str] | None, typer.Option(help="likewise: l2_squared, l2 or l1")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder; default: runs/learning-<run.name>")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """What rollouts add: A alone against A/B from one checkpoint; the same command goes on with it."""
+    from rollstream.bench.learning import LearningOptions, run_learning_bench
+    from rollstream.bench.learning_arms import VARIED
+    from rollstream.bench.learning_report import learning_json, render_learning
+
+    values = (b_ratio, temperature, version_window, gate, duplicate_weight, transport)
+    options = LearningOptions(
+        config_path=config,
+        steps=steps,
+        num_seeds=seeds,
+        varied={name: found for name, found in zip(VARIED, values, strict=True) if found},
+        output_dir=output,
+        overrides=tuple(overrides or ()),
+    )
+    outcome = run_learning_bench(options, Console(stderr=True, highlight=False))
+    console = Console(highlight=False)
+    if as_json:
+        console.print_json(json.dumps({**learning_json(outcome.bench), "num_run": outcome.num_run}))
+    else:
+        console.print(render_learning(outcome.bench))
+        console.print(f"report: {outcome.page}", markup=False, soft_wrap=True)
+    if outcome.exit_status:
+        raise typer.Exit(outcome.exit_status)
