@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
+from rollstream.commands.help_pages import PlainGroup
 from rollstream.commands.options import AsJson, ConfigPath, Overrides, Seed
 
-data_app = typer.Typer(no_args_is_help=True)
-model_app = typer.Typer(no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+data_app = typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)
+model_app = typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)
 Destination = Annotated[Path, typer.Argument(help="folder to write")]
 
 
@@ -58,7 +61,7 @@ def import_data(
     from rollstream.commands.measuring_data import after_import
     from rollstream.datasets.importing import describe_summary, import_dataset
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task(escape(f"importing {src}"), total=None)
         summary = import_dataset(
             kind,
@@ -134,7 +137,7 @@ def predict(
     """Write and draw what a model finds in pictures: JSON Lines, COCO results and PNG files."""
     from rollstream.commands.predicting import predict as write_predictions
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task(escape(f"loading {model}"), total=None)
         done = write_predictions(
             model,
@@ -182,7 +185,7 @@ def scenes(
     """Generate scenes of scanned handwritten digits, with boxes and polygons."""
     from rollstream.datasets.scenes import make_scenes
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task("drawing scenes", total=None)
         summary = make_scenes(
             dst,
@@ -222,7 +225,7 @@ def adapt(
     """Make a stock Qwen2-VL, Qwen2.5-VL or Qwen3-VL usable: coordinate tokens, and rows for them."""
     from rollstream.models.adapting import adapt_model
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task("copying weights", total=None)
         summary = adapt_model(
             src, dst, progress=lambda done, total: progress.update(task, completed=done, total=total)
@@ -267,3 +270,9 @@ def push(
     with Console(stderr=True).status("sending the model"):
         summary = push_model(folder, name, is_private=not public, message=message)
     Console(soft_wrap=True, highlight=False).print(str(summary), markup=False)
+
+
+def _progress() -> Progress:
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True)

@@ -27,6 +27,7 @@ from rollstream.commands import security as cli_security
 from rollstream.commands import sweep as cli_sweep
 from rollstream.commands import tracking as cli_tracking
 from rollstream.commands import vllm as cli_vllm
+from rollstream.commands.help_pages import PlainGroup
 from rollstream.commands.loading import load_run
 from rollstream.commands.options import ConfigPath, Index, LogJson, Overrides
 
@@ -37,6 +38,8 @@ app = typer.Typer(
     name="rollstream",
     help="Train vision-language models on their own outputs, without making the trainer wait for them.",
     no_args_is_help=True,
+    cls=PlainGroup,
+    rich_markup_mode=None,  # frames around the help take a third of its time
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 
-from rollstream.acl import ROLES, Role, acl_file
+if TYPE_CHECKING:
+    from rollstream.acl import Role
 
 PASSWORD_VARIABLE: Final = "ROLLSTREAM_PASSWORD_{}"
 
@@ -30,6 +30,10 @@ def acl(
 
     The password of a role is read from ROLLSTREAM_PASSWORD_<ROLE>; without one its user is off.
     """
+    import hashlib
+
+    from rollstream.acl import ROLES, acl_file
+
     passwords = {role: os.environ.get(PASSWORD_VARIABLE.format(role.upper())) for role in ROLES}
     hashes: dict[Role, str] = {
         role: hashlib.sha256(password.encode()).hexdigest()
