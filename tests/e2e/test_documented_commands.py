@@ -40,6 +40,8 @@ NOT_RUN: Final = {
     "docker compose exec learner rollstream top runs/compose": "as above",
     "docker compose up": "as above",
     "docker compose up --detach --no-recreate --scale producer=4 --scale matcher=2": "as above",
+    "rollstream bench learning --config CONFIG": "three stacks a seed; test_bench_learning.py has its logic",
+    "rollstream bench learning --config configs/demo.yaml --seeds 3 --b-ratio 0.2 --gate 0.5": "as above",
     "rollstream serve vllm CONFIG": "needs vLLM; tests/vllm/test_documented_commands.py runs it",
     "rollstream quarantine RUN RECORD_ID": "needs a step under way; test_quarantine.py is in one",
     "redis-server --aclfile users.acl …": "test_acl.py starts servers with such files",
