@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,9 @@ from broker_schemas.broker.connection import (
 )
 from broker_schemas.broker.keys import MATCHER_GROUP, PACKER_GROUP, RunKeys
 from broker_schemas.broker.script_library import Argument, run_script
-from broker_schemas.errors import BrokerFull
+from broker_schemas.errors import BrokerFull, GroupGone
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +73,25 @@ class Broker:
     ) -> Any:
         """Call a transition on ``events``, ``counters`` and ``named_keys``; raises BrokerError.
 
-        Raises PlaceTaken, with nothing changed, where this broker is fenced and another took the place.
+        Raises PlaceTaken, with nothing changed, where this broker is fenced and another took the place, and
+        GroupGone, once the groups are made again, where the broker forgot them.
         ``bodies`` are pairs (key, bytes) that it finds in the broker, put there just before it.
         """
         keys = [self.keys.named(name) for name in ("events", "counters", *named_keys)]
-        return run_script(self.client, script, keys, [self._prefix, *arguments], bodies)
+        try:
+            return run_script(self.client, script, keys, [self._prefix, *arguments], bodies)
+        except GroupGone as exc:
+            self.make_lost_groups(exc)
+            raise
+
+    def make_lost_groups(self, found: GroupGone) -> None:
+        """Make the groups again that the broker forgot, and say what that means; raises BrokerError."""
+        log.error(
+            "%s; the broker lost what it held of this run (FLUSHALL, or a restart without its file); the "
+            "group is made again",
+            found,
+        )
+        self.make_groups()
 
     def fenced(self, fence: Fence) -> Broker:
         """Return the same broker for the holder of a place."""

@@ -133,12 +133,7 @@ class GroupReader:
             with broker_errors(doing):
                 return call()
         except GroupGone as exc:
-            log.error(
-                "%s; the broker lost what it held of this run (FLUSHALL, or a restart without its file); the "
-                "group is made again",
-                exc,
-            )
-            self.broker.make_groups()
+            self.broker.make_lost_groups(exc)
             return None
 
 

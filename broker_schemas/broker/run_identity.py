@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import broker_errors
@@ -49,6 +49,16 @@ def read_deciding(broker: Broker) -> dict[str, str]:
     with broker_errors("reading the run's identity"):
         raw: Any = broker.client.hget(broker.keys.named("identity"), "deciding")
     return {} if raw is None else {str(key): str(value) for key, value in json.loads(raw).items()}
+
+
+def read_run(broker: Broker) -> tuple[str, str] | None:
+    """Return (run id, who made it ours) of the run that has this name, None before one was adopted."""
+    with broker_errors("reading the run's identity"):
+        run_id, holder = (
+            cast("bytes | None", broker.client.hget(broker.keys.named("identity"), name))
+            for name in ("run_id", "holder")
+        )
+    return None if run_id is None else (run_id.decode(), (holder or b"?").decode("utf-8", "replace"))
 
 
 def _json(values: Any) -> str:

@@ -16,6 +16,7 @@ from rollstream.evaluation.evaluation import Evaluation, write_evaluation
 from rollstream.run_folder import RunFolder, read_json_lines
 from rollstream.wiring import access
 from rollstream.wiring.dispatch import evaluation_samples
+from rollstream.wiring.identity import check_folder
 from rollstream.wiring.learn import sync_every_steps
 
 POLL_S: Final = 0.5
@@ -25,6 +26,7 @@ def run_evaluator(config: RunConfig, index: int) -> None:
     """Run until a signal; a run that is not evaluated by its producers has nothing to gather and waits."""
     stop = access.stop_on_signals()
     broker = access.open_broker(config)
+    check_folder(config, broker)
     metrics = EvaluatorMetrics(access.start_endpoint(config, "gather", index).registry)
     if not config.evaluates_in_stack:
         stop.wait()

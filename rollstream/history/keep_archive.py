@@ -7,12 +7,14 @@ from configs import RunConfig
 from rollstream.history.archive import ArchiveWriter
 from rollstream.history.archive_metrics import ArchiveMetrics
 from rollstream.wiring import access
+from rollstream.wiring.identity import check_folder
 
 
 def run_archive(config: RunConfig, index: int) -> None:
     """Run until a signal, then archive to the end of the log."""
     stop = access.stop_on_signals()
     broker = access.open_broker(config)
+    check_folder(config, broker)
     metrics = ArchiveMetrics(access.start_endpoint(config, "archive", index).registry)
     try:
         with holding(broker, "archive", on_loss=stop.set) as (held, lease):

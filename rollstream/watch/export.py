@@ -11,6 +11,7 @@ from broker_schemas.errors import ConfigError
 from configs import RunConfig
 from rollstream.watch.exporter import ExporterSettings, RunCollector
 from rollstream.wiring import access
+from rollstream.wiring.identity import warn_of_another_past
 
 SCRAPE_TIMEOUT_S = 2.0
 
@@ -39,5 +40,6 @@ def run_exporter(config: RunConfig, index: int) -> None:
     registry = access.start_endpoint(config, "export", index).registry
     registry.register(RunCollector(broker, exporter_settings(config)))
     access.say_ready(config, "export", index)
+    warn_of_another_past(config, broker)
     stop.wait()
     broker.close()

@@ -15,6 +15,7 @@ from producers.evaluation_demand import EvaluationSettings
 from producers.jobs import rollout_queue
 from producers.metrics import DispatcherMetrics
 from rollstream.wiring import access
+from rollstream.wiring.identity import check_data
 from rollstream.wiring.trainable import read_samples
 
 DEFAULT_REQUEST_SIZE: Final = 4
@@ -77,6 +78,7 @@ def run_dispatcher(config: RunConfig, index: int) -> None:
     """Run until a signal; a run without B steps has nothing to dispatch and waits."""
     stop = access.stop_on_signals()
     broker = access.open_broker(config)
+    check_data(config, broker)
     metrics = DispatcherMetrics(access.start_endpoint(config, "dispatch", index).registry)
     if config.b_ratio == 0:
         stop.wait()

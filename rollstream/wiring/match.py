@@ -17,6 +17,7 @@ from consumers.metrics import MatcherMetrics
 from consumers.record_matching import MatcherTools
 from consumers.transport_targets import TransportSettings
 from rollstream.wiring import access
+from rollstream.wiring.identity import warn_of_model
 
 
 def match_settings(method: RolloutMatchingSection) -> MatchSettings:
@@ -66,6 +67,7 @@ def run_matcher(config: RunConfig, index: int) -> None:
     stop = access.stop_on_signals()
     endpoint = access.start_endpoint(config, "match", index)
     broker = access.open_broker(config)
+    warn_of_model(config, broker)
     method, is_async = config.rollout_matching, config.variant == "stage2_async"
     dump = None
     if method.debug_dump_parse_failures:

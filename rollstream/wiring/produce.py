@@ -17,6 +17,7 @@ from producers.producer import Producer, ProducerSettings
 from producers.rollout_backend import DecodingSettings, RolloutBackend
 from rollstream.wiring import access
 from rollstream.wiring.dispatch import evaluation_samples, lease_settings
+from rollstream.wiring.identity import check_data, warn_of_model
 from rollstream.wiring.trainable import read_samples
 
 HUNG_STATUS: Final = 1
@@ -81,6 +82,8 @@ def run_producer(config: RunConfig, index: int) -> None:
     """Run jobs until a signal; RQ finishes the job in hand first."""
     endpoint = access.start_endpoint(config, "produce", index)
     broker = access.open_broker(config)
+    check_data(config, broker)
+    warn_of_model(config, broker)
     metrics = ProducerMetrics(endpoint.registry)
     producer = Producer(
         broker=broker,

@@ -20,6 +20,7 @@ from broker_schemas.records.records import MatchedSegment
 from configs import RunConfig, load_config
 from rollstream.datasets.scenes import make_scenes
 from rollstream.history.archive import ArchiveWriter
+from rollstream.history.archive_reading import read_archived_events
 from rollstream.history.replay import ReplayOptions, check_changes, replay_run
 from rollstream.history.replay_plan import repack
 from rollstream.models.tiny_model import make_tiny_model
@@ -59,7 +60,10 @@ def write_run(folder: Path, run: str, redis_url: str) -> Path:
 
 
 def training_segments(config: RunConfig) -> list[MatchedSegment]:
-    """Return real segments of the run's data, two for each pack of its B steps, as if they were matched."""
+    """Return real segments of the run's data, two for each pack of its B steps, as if they were matched.
+
+    The image of the last one was deleted after its rollout.
+    """
     folder = access.model_dir(config)
     source = channel_a_source(
         config,
@@ -70,7 +74,8 @@ def training_segments(config: RunConfig) -> list[MatchedSegment]:
     for step in range(NUM_STEPS // 2):
         for segment, _ in source.load_items(step, range(source.num_segments), 0):
             found.append(replace(segment, channel="B", record_id=f"b-{len(found)}"))
-    return found
+    gone = tuple(replace(image, path="images/gone.png") for image in found[-1].images)
+    return [*found[:-1], replace(found[-1], images=gone)]
 
 
 def fill_queue(broker: Broker, segments: list[MatchedSegment]) -> None:
@@ -122,9 +127,14 @@ def trained_run(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.slow
-@pytest.mark.req("Q-15", "Q-10")
+@pytest.mark.req("Q-15", "Q-10", "Q-13")
 @pytest.mark.parametrize("first_step", [None, 2])
 def test_an_unchanged_replay_is_equal_to_the_bit(trained_run: Path, first_step: int | None) -> None:
+    """Given a run whose last step was trained without a segment of it, which was quarantined."""
+    archived = list(read_archived_events(RunFolder(trained_run).archive_dir))
+    taken_out = [row for event in archived if event.kind == "quarantined" for row in event.rejected_rows()]
+    assert taken_out == [("b-7", "quarantined_image")]
+
     report = replay_run(trained_run, ReplayOptions(first_step=first_step))
 
     assert [step.kind for step in report.steps] == ["A", "B", "A", "B"][first_step or 0 :]

@@ -16,7 +16,7 @@ from broker_schemas.broker.matcher_door import MatcherDoor, MatchVerdict
 from broker_schemas.broker.policy import publish_policy
 from broker_schemas.broker.rollout_requests import RolloutRequest
 from broker_schemas.broker.status import read_status
-from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused
+from broker_schemas.errors import BrokerError, BrokerFull, BrokerRefused, BrokerUnavailable
 from producers.jobs import enqueue_request, rollout_queue
 from rollstream.wiring import access
 from tests.builders.configs import load_mapping, make_mapping, put
@@ -45,6 +45,8 @@ def test_a_cluster_holds_a_run_but_its_jobs_need_a_server_of_their_own(
     program = program_or_skip(lowest=(7, 0), needs=" for CLUSTER ADDSLOTSRANGE")
     with running_server(program, ["--port", "0", "--cluster-enabled", "yes"], tmp_path / "log") as socket:
         client = redis.Redis.from_url(f"unix://{socket}")
+        with pytest.raises(BrokerUnavailable, match="does not take this now .*cluster that lacks nodes"):
+            Broker.connect("demo", BrokerAddress(url=f"unix://{socket}"))
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
         while b"cluster_state:ok" not in client.execute_command("CLUSTER", "INFO"):
             client.ping()

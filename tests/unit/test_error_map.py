@@ -105,6 +105,13 @@ def test_a_script_that_fails_is_placed_by_the_servers_words(text: str, expected:
     assert text in str(caught.value)
 
 
+def test_a_cluster_whose_other_node_holds_the_run_is_refused_with_that_node() -> None:
+    with pytest.raises(BrokerRefused) as refused, broker_errors("connecting"):
+        raise redis.exceptions.MovedError("3999 127.0.0.1:6381")
+
+    assert "another of its nodes, 127.0.0.1:6381; give that one in broker.url" in str(refused.value)
+
+
 def test_what_is_not_of_redis_passes_through() -> None:
     with pytest.raises(KeyError), broker_errors("trying something"):
         raise KeyError("ours")
