@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from configs.source_lines import MAX_DEPTH, MAX_VALUES, SourceTree, parse_yaml, 
 
 EXTENDS_KEY = "extends"
 OVERRIDE_NAME = "override"
+MAX_OVERRIDES = 500
 MAX_FILES = 16
 MAX_NAME_CHARS = 80
 Sources = dict[KeyPath, Source]
@@ -94,9 +96,15 @@ def _forget(sources: Sources, path: KeyPath) -> None:
 def apply_overrides(tree: SourceTree, overrides: Iterable[str]) -> None:
     """Lay `a.b.c=value` texts over the tree, in order; the value is read as YAML.
 
-    A text that is no override becomes a problem of the tree; lists are replaced as a whole.
+    A text that is no override becomes a problem of the tree, and so do more than ``MAX_OVERRIDES``, of which
+    none is looked at; lists are replaced as a whole.
     """
-    for text in overrides:
+    given = list(islice(overrides, MAX_OVERRIDES + 1))
+    if len(given) > MAX_OVERRIDES:
+        message = f"got more than {MAX_OVERRIDES}; write them into a file"
+        tree.problems.append(Problem(message=message, source=Source(file=f"{OVERRIDE_NAME}s", line=0)))
+        return
+    for text in given:
         key_text, equals, value_text = text.partition("=")
         keys = [key.strip() for key in key_text.split(".")]
         name = f"{OVERRIDE_NAME} {key_text.strip()}"

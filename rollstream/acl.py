@@ -68,42 +68,56 @@ RQ: Final = Grant(
     elsewhere="rq:*",
     channels="rq:pubsub:*",
 )
-IDENTITY: Final = Grant(
-    commands=f"{CALL} time hget hmget hset hincrby xadd", writes="events counters identity"
+# what scripts do to the log and its sums: they append and add; only who keeps the log takes anything away
+LOG: Final = (
+    Grant(commands="xadd", writes="events"),
+    Grant(commands="hdel hincrby", writes="counters"),
+)
+IDENTITY: Final = (
+    Grant(commands=CALL, writes="events counters identity"),
+    Grant(commands="time hget hmget hset", writes="identity"),
 )
 
 
-def _place(role: str) -> Grant:
+def _scripts(keys: str) -> Grant:
+    """Return the right to call scripts on the log, its sums and ``keys``, which one call names together."""
+    return Grant(commands=CALL, writes=f"events counters {keys}")
+
+
+def _place(role: str) -> tuple[Grant, ...]:
     """Return the right to hold the one place of a role, and to have it looked at in every script."""
-    return Grant(commands=f"{CALL} time hget hmget hset hincrby xadd", writes=f"events counters lease:{role}")
+    own = f"lease:{role}"
+    return (*LOG, _scripts(own), Grant(commands="time hget hmget hset", writes=own))
 
 
 POLICY: Final = Grant(commands="hgetall", reads="policy")
 SERVER_LOCK: Final = Grant(commands=f"{CALL} set get del pexpire pttl", writes="server_lock:*")
 SERVER_SLOTS: Final = Grant(
-    commands=f"{CALL} time zremrangebyscore zrange zcard zscore zadd zrem",
-    writes="server_slots:* events counters",
+    commands="zremrangebyscore zrange zcard zscore zadd zrem", writes="server_slots:*"
+)
+REQUESTS: Final = (
+    Grant(commands="zadd zrem zscore zrangebyscore", writes="requests"),
+    Grant(commands="exists hget hmget hset hincrby hdel del", writes="request:*"),
 )
 GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
     "dispatcher": (
-        _place("dispatcher"),
-        Grant(
-            commands=(
-                f"{CALL} time exists hget hmget hset hincrby hdel del zadd zrem zrangebyscore xadd xrange"
-            ),
-            writes="events counters requests dispatch evaluation request:*",
-        ),
+        *_place("dispatcher"),
+        *REQUESTS,
+        _scripts("requests dispatch evaluation"),
+        Grant(commands="hget hset", writes="dispatch evaluation"),
+        Grant(commands="hmget xrange", reads="events counters evaluation"),
         STATUS,
         RQ,
     ),
     "producer": (
-        Grant(
-            commands=(
-                f"{CALL} time hget hmget hset hdel hincrby del zadd zrem zscore sadd scard smismember rename "
-                "xadd set mset strlen exists persist unlink multi exec"
-            ),
-            writes="events counters segments seen:now seen:before admitted requests request:* raw:* body:*",
-        ),
+        *LOG,
+        Grant(commands="time multi exec hmget hset", writes="counters"),
+        *REQUESTS,
+        _scripts("segments seen:now seen:before requests server_slots:*"),
+        Grant(commands="xadd", writes="segments"),
+        Grant(commands="smismember sadd scard rename", writes="seen:now seen:before"),
+        Grant(commands="sadd", writes="admitted"),
+        Grant(commands="set mset strlen exists rename persist unlink", writes="raw:* body:*"),
         Grant(commands="exists", reads="payload:*"),
         POLICY,
         SERVER_LOCK,
@@ -111,57 +125,64 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         RQ,
     ),
     "matcher": (
-        Grant(
-            commands=(
-                f"{CALL} {CONSUME} multi exec expire hdel hincrby mget set mset strlen getrange rename "
-                "unlink smismember srem xadd xdel xlen xpending xrange xtrim"
-            ),
-            writes="events counters segments matched rejected evaluations admitted tries "
-            "body:* made:* payload:*",
-        ),
+        *LOG,
+        Grant(commands="multi exec"),
+        _scripts("segments matched rejected evaluations"),
+        Grant(commands=f"{CONSUME} xdel xlen xpending xrange xtrim", writes="segments"),
+        Grant(commands="xadd", writes="matched rejected"),
+        Grant(commands="xadd xdel xlen xrange", writes="evaluations"),
+        Grant(commands="smismember srem", writes="admitted"),
+        Grant(commands="hincrby hdel expire", writes="tries"),
+        Grant(commands="mget set mset strlen getrange rename unlink", writes="body:* made:* payload:*"),
         POLICY,
     ),
     "packer": (
-        _place("packer"),
-        Grant(
-            commands=(
-                f"{CALL} {CONSUME} hdel hexists hget hincrby hset strlen unlink zadd zrem "
-                "xadd xdel xlen xpending xrange xtrim"
-            ),
-            writes="events counters matched sealed open_step ready:* payload:*",
-        ),
+        *_place("packer"),
+        _scripts("matched sealed open_step"),
+        Grant(commands=f"{CONSUME} xdel xlen xpending xrange xtrim", writes="matched"),
+        Grant(commands="hexists hget hincrby hset", writes="sealed open_step"),
+        Grant(commands="zadd zrem xadd xdel xlen xrange", writes="ready:*"),
+        Grant(commands="strlen unlink", writes="payload:*"),
         Grant(commands="exists", reads="claim:*"),
+        Grant(commands="hget", reads="counters"),
         POLICY,
         STATUS,
     ),
     "evaluator": (
-        _place("evaluator"),
+        *_place("evaluator"),
+        _scripts("evaluations evaluation evaluation_numbers"),
         Grant(
-            commands=f"{CALL} hdel hget hmget hincrby hset xadd xdel xrange",
-            writes="events counters evaluations evaluation evaluation_numbers",
+            commands="hget hgetall hmget hset xadd xdel xrange",
+            writes="evaluations evaluation evaluation_numbers",
         ),
+        Grant(commands="hmget", reads="counters"),
+        STATUS,
     ),
     "learner": (
-        _place("learner"),
-        IDENTITY,
+        *_place("learner"),
+        *IDENTITY,
+        Grant(commands="xlen xrange xtrim", writes="events"),
+        Grant(commands="hget hgetall hmget hset", writes="counters"),
         Grant(
             commands=(
-                f"{CALL} time del exists hdel hexists hget hgetall hincrby hmget hset hsetnx mget strlen "
-                "unlink getrange xadd xdel xlen xrange xtrim zadd zcard zcount zrange zrangebyscore zrem"
+                f"{CALL} del exists hdel hexists hget hgetall hincrby hmget hset hsetnx mget strlen "
+                "unlink getrange xadd xdel xlen xrange zadd zcard zcount zrange zrangebyscore zrem"
             ),
-            writes="events counters claims claim:* sealed ready:* payload:* policy open_step rejected",
+            writes="claims claim:* sealed ready:* payload:* policy open_step rejected",
         ),
         # scripts name these keys; what they do with them is read
-        Grant(commands=CALL, writes="events counters open_step matched claims archive"),
+        _scripts("claims claim:* sealed policy open_step rejected matched archive"),
         Grant(commands="xlen hget exists", reads="matched archive"),
+        Grant(commands="xrange", reads="evaluation_numbers"),
+        STATUS,
         SERVER_LOCK,
     ),
     "archive": (
-        _place("archive"),
-        Grant(
-            commands=f"{CALL} hdel hget hmget hset hincrby xlen xrange xread xrevrange xtrim",
-            writes="events counters archive",
-        ),
+        *_place("archive"),
+        _scripts("archive"),
+        Grant(commands="xlen xrange xread xrevrange xtrim", writes="events"),
+        Grant(commands="hget hset", writes="archive"),
+        Grant(commands="hmget", reads="counters"),
         Grant(commands="mget", reads="payload:*"),
     ),
     "exporter": (

@@ -19,17 +19,23 @@ from typer.testing import CliRunner
 
 from broker_schemas.broker.broker import Broker, Fence
 from broker_schemas.broker.connection import BrokerAddress
+from broker_schemas.broker.evaluation_rounds import (
+    read_evaluation_state,
+    read_results,
+    settle_evaluation,
+)
 from broker_schemas.broker.learner_door import LearnerDoor
 from broker_schemas.broker.lease import Lease, SoleRole
 from broker_schemas.broker.matcher_door import MatcherDoor
 from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, PlannedPack
 from broker_schemas.broker.policy import publish_policy, read_policy
-from broker_schemas.broker.rollout_requests import RolloutRequest, renew_lease
-from broker_schemas.broker.run_identity import adopt_run, read_deciding
+from broker_schemas.broker.rollout_requests import RolloutRequest, renew_lease, say_demand_advice
+from broker_schemas.broker.run_identity import adopt_run, read_deciding, read_run
 from broker_schemas.broker.script_library import script_source
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
 from broker_schemas.errors import BrokerRefused, ConfigError
+from broker_schemas.records.evaluation_state import EvaluationNumbers
 from broker_schemas.records.identity import RunIdentity
 from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
 from broker_schemas.rollout_servers.server_lock import server_locks
@@ -191,6 +197,20 @@ def take_step(learner: LearnerDoor) -> StepClaim:
     return claim
 
 
+def look_around(brokers: dict[Role, Broker], learner: LearnerDoor) -> None:
+    """Ask what roles ask beside the way of a rollout: the learner's log, rounds of evaluation, advice."""
+    assert learner.queue_status().total("committed_steps") == 1
+    assert learner.evaluations(beyond_step=-1) == []
+    roles: tuple[Role, ...] = ("dispatcher", "evaluator")
+    for role in roles:
+        assert read_evaluation_state(brokers[role]).num_asked == 0
+    assert read_results(brokers["evaluator"], after="0-0") == []
+    numbers = EvaluationNumbers(optimizer_step=1, policy_version=1, highest_policy_version=1, metrics={})
+    assert settle_evaluation(brokers["evaluator"], numbers, num_results=0, entry_ids=["1-1"])
+    say_demand_advice(brokers["dispatcher"], "ask for more")
+    assert [item.optimizer_step for item in learner.evaluations(beyond_step=0)] == [1]
+
+
 @pytest.mark.req("Q-1", "O-5")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_role_does_its_whole_job_with_its_own_user(
@@ -221,6 +241,7 @@ def test_every_role_does_its_whole_job_with_its_own_user(
     assert coming == take_step(learner).packs[0]
     with server_locks(brokers["learner"], wait_s=5)("http://127.0.0.1:1"):
         pass
+    look_around(brokers, learner)
     archive = ArchiveWriter(brokers["archive"], tmp_path / "archive")
     assert archive.step(block_ms=1) > 5
     archive.close()
@@ -246,7 +267,7 @@ def test_every_role_finds_the_runs_identity_and_holds_its_own_place_only(
 ) -> None:
     identity = RunIdentity(run_id="a", deciding={"run.seed": "1"}, settings={})
     adopt_run(brokers["learner"], identity, tmp_path, optimizer_step=0)
-    places: tuple[SoleRole, ...] = ("learner", "packer", "dispatcher", "archive")
+    places: tuple[SoleRole, ...] = ("learner", "packer", "dispatcher", "archive", "evaluator")
     for role in places:
         lease = Lease.take(brokers[role], role)
         lease.keep()
@@ -254,6 +275,7 @@ def test_every_role_finds_the_runs_identity_and_holds_its_own_place_only(
         Lease(fenced, role, lease.token, 1000).keep()
     for servant in SERVANTS:
         assert read_deciding(brokers[servant]) == {"run.seed": "1"}
+        assert read_run(brokers[servant]) is not None
     for role in ("producer", "matcher", "exporter"):
         with pytest.raises(BrokerRefused):
             Lease.take(brokers[role], "learner")
@@ -282,6 +304,34 @@ def test_no_role_can_touch_the_server_or_another_run(brokers: dict[Role, Broker]
         assert re.search("no permissions|NOPERM|can't run this command|can't access", str(caught.value)), (
             command
         )
+
+
+@pytest.mark.req("Q-1", "Q-20")
+@pytest.mark.parametrize("role", [role for role in SERVANTS if role != "exporter"])
+def test_nobody_can_take_the_log_or_its_sums_away(
+    server: GuardedServer, brokers: dict[Role, Broker], role: Role
+) -> None:
+    if not server.is_fine:
+        pytest.skip(COARSE)
+    broker, operator = brokers[role], brokers["operator"].client
+    events, counters = broker.keys.named("events"), broker.keys.named("counters")
+    operator.xadd(events, {"type": "kept"}, id="9-1")
+    operator.hset(counters, "pushed", 7)
+    commands = [(name, key) for name in ("DEL", "UNLINK", "PERSIST", "GETDEL") for key in (events, counters)]
+    more = [
+        *(("RENAME", events, broker.keys.named("body:x")), ("RENAME", counters, broker.keys.named("made:x"))),
+        *(("SET", events, "x"), ("MSET", counters, "x"), ("EXPIRE", events, "1"), ("XDEL", events, "9-1")),
+        *(("XGROUP", "CREATE", events, "mine", "0"), ("SMOVE", counters, events, "x")),
+    ]
+    if role not in ("learner", "archive"):  # who bounds the log
+        more.append(("XTRIM", events, "MAXLEN", "0"))
+    for command in [*commands, *more]:
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            raw(broker, *command)
+        arguments = ", ".join(f"'{word}'" for word in command)
+        with pytest.raises(redis.exceptions.ResponseError, match="permission|can't"):
+            raw(broker, "EVAL", f"return redis.call({arguments})", "0")
+    assert (operator.xlen(events), operator.hget(counters, "pushed")) == (1, b"7")
 
 
 def refused(broker: Broker, script: str, named_keys: list[str], arguments: list[Any]) -> None:

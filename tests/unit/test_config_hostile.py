@@ -52,6 +52,16 @@ def test_files_that_extend_each_other_without_end_are_refused(tmp_path: Path) ->
         load_config(tmp_path / "f0.yaml")
 
 
+@pytest.mark.parametrize("text", ["run.seed=3", "run.name=[1, 2, {a: b}]", "a.b=3", "=", "run=[" + "[" * 40])
+def test_overrides_without_end_are_answered_soon(tmp_path: Path, text: str) -> None:
+    path, started_s = write_file(tmp_path, VALID_TEXT), time.process_time()
+
+    with pytest.raises(ConfigError, match="overrides: got more than 500; write them into a file"):
+        load_config(path, [text] * 2_000)
+
+    assert time.process_time() - started_s < 2
+
+
 def test_an_override_deeper_than_any_key_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not an override"):
         load_config(write_file(tmp_path, VALID_TEXT), ["a" + ".a" * 5_000 + "=1"])
