@@ -20,13 +20,21 @@ _LONGEST_TICK: Final = 14
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a cell and how it is plotted; ``name`` is part of the plot's ids."""
+    """One number of a cell and how it is plotted; ``name`` is part of the plot's ids.
+
+    ``spread`` is its name among the cell's spreads, empty for a number without one.
+    """
 
     name: str
     title: str
     unit: str
     value: Callable[[CellNumbers], float | None]
     shape: str = "{:.2g}"
+    spread: str = ""
+
+    def spread_of(self, numbers: CellNumbers) -> float | None:
+        """Return how far the number is known, in its unit; None where that is not known."""
+        return numbers.spreads.get(self.spread)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,16 +48,33 @@ class Line:
 
 _VERSIONS: Final = "policy versions"
 MEASURES: Final = (
-    Measure("idle", "Learner idle", "share of time", lambda item: item.idle_share, "{:.0%}"),
-    Measure("depth", "Ready packs per rank", "packs, mean", lambda item: item.mean_depth),
+    Measure("idle", "Learner idle", "share of time", lambda item: item.idle_share, "{:.0%}", "idle_share"),
+    Measure(
+        "depth", "Ready packs per rank", "packs, mean", lambda item: item.mean_depth, spread="mean_depth"
+    ),
     Measure("skips", "B steps skipped, queue short", "steps", lambda item: item.num_skipped, "{:.0f}"),
-    Measure("lag", "Lag when claimed, mean", _VERSIONS, lambda item: item.lag_mean),
+    Measure("lag", "Lag when claimed, mean", _VERSIONS, lambda item: item.lag_mean, spread="lag_mean"),
     Measure("lag-max", "Lag when claimed, highest", _VERSIONS, lambda item: item.lag_max, "{:.0f}"),
     Measure("drops", "Rollouts dropped", "rollouts", lambda item: item.num_dropped, "{:.0f}"),
-    Measure("rollouts", "Rollouts written", "a second", lambda item: item.rollouts_per_s),
-    Measure("tokens", "Tokens through the learner", "a second", lambda item: item.tokens_per_s, "{:.0f}"),
-    Measure("steps", "Optimizer steps", "a second", lambda item: item.steps_per_s),
-    Measure("b-ratio", "Realised share of B steps", "share", lambda item: item.realised_b_ratio),
+    Measure(
+        "rollouts", "Rollouts written", "a second", lambda item: item.rollouts_per_s, spread="rollouts_per_s"
+    ),
+    Measure(
+        "tokens",
+        "Tokens through the learner",
+        "a second",
+        lambda item: item.tokens_per_s,
+        "{:.0f}",
+        "tokens_per_s",
+    ),
+    Measure("steps", "Optimizer steps", "a second", lambda item: item.steps_per_s, spread="steps_per_s"),
+    Measure(
+        "b-ratio",
+        "Realised share of B steps",
+        "share",
+        lambda item: item.realised_b_ratio,
+        spread="realised_b_ratio",
+    ),
     Measure("f1", "F1 after", "F1", lambda item: item.f1, "{:.3f}"),
 )
 
@@ -106,6 +131,7 @@ def _plot(
     style = "-" if block.is_product else ""
     for index, line in enumerate(lines):
         colour = SERIES[index % len(SERIES)]
+        _draw_spread(axes, block, numbers, measure, index)
         axes.plot(
             line.places,
             line.values,
@@ -125,6 +151,34 @@ def _plot(
         note=note,
         svg=to_inline_svg(figure, name=name, alt=f"{measure.title}: {note}"),
     )
+
+
+def _draw_spread(
+    axes: Axes, block: Block, numbers: Mapping[str, CellNumbers], measure: Measure, index: int
+) -> None:
+    """Draw how far each value is known as a bar through it, where that is known."""
+    drawn: Any = axes
+    _, bars = lines_of(block, numbers, measure.spread_of)
+    _, values = lines_of(block, numbers, measure.value)
+    value_at = dict(zip(values[index].places, values[index].values, strict=True))
+    bar_at = {
+        place: bar
+        for line in bars
+        if line.name == values[index].name
+        for place, bar in zip(line.places, line.values, strict=True)
+        if place in value_at
+    }
+    if bar_at:
+        drawn.errorbar(
+            list(bar_at),
+            [value_at[place] for place in bar_at],
+            yerr=list(bar_at.values()),
+            fmt="none",
+            ecolor=SERIES[index % len(SERIES)],
+            elinewidth=1.2,
+            capsize=3,
+            gid=f"spread-{index}",
+        )
 
 
 def _draw_reference(axes: Axes, block: Block, measure: Measure, start_f1: float | None) -> None:

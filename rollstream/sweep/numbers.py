@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Final
 
 from rollstream.run_folder import Row
 from rollstream.show.report.counting import count, counts, key_numbers, number
+
+SPREAD_NUMBERS: Final = (
+    "idle_share", "mean_depth", "lag_mean", "rollouts_per_s",
+    "tokens_per_s", "steps_per_s", "realised_b_ratio",
+)  # fmt: skip
+_NUM_PARTS: Final = 5
+_FEWEST_STEPS: Final = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +26,8 @@ class CellNumbers:
 
     Depth and rates are those of the time in which the learner made steps: neither starting up nor stopping
     counts. ``num_skipped`` is b_step_skipped_due_to_queue; ``lag_mean`` weighs every claimed segment alike.
+    ``spreads`` says how far a number is known: the standard error of its mean over the fifths of the run, by
+    name of the number; empty for a run of under ten steps.
     """
 
     num_steps: int = 0
@@ -33,6 +44,7 @@ class CellNumbers:
     steps_per_s: float | None = None
     f1: float | None = None
     balanced: bool | None = None
+    spreads: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def realised_b_ratio(self) -> float | None:
@@ -72,6 +84,7 @@ class CellNumbers:
             steps_per_s=number(row, "steps_per_s"),
             f1=number(row, "f1"),
             balanced=balanced if isinstance(balanced, bool) else None,
+            spreads=_numbers_by_name(row.get("spreads")),
         )
 
 
@@ -82,6 +95,31 @@ def cell_numbers(
 
     All may be empty: what they would say is unknown then.
     """
+    return replace(_fold(steps, samples, audit, f1), spreads=_spreads(steps, samples))
+
+
+def _numbers_by_name(value: object) -> dict[str, float]:
+    found = value if isinstance(value, dict) else {}
+    return {str(name): float(item) for name, item in found.items() if isinstance(item, int | float)}
+
+
+def _spreads(steps: Sequence[Row], samples: Sequence[Row]) -> dict[str, float]:
+    """Return the standard error of each number's mean over the fifths of the run that know it."""
+    if len(steps) < _FEWEST_STEPS:
+        return {}
+    ends = [len(steps) * part // _NUM_PARTS for part in range(_NUM_PARTS + 1)]
+    parts = [_fold(steps[start:end], samples, {}, None) for start, end in pairwise(ends)]
+    found: dict[str, float] = {}
+    for name in SPREAD_NUMBERS:
+        values = [value for part in parts if (value := getattr(part, name)) is not None]
+        if len(values) > 1:
+            found[name] = statistics.stdev(values) / len(values) ** 0.5
+    return found
+
+
+def _fold(
+    steps: Sequence[Row], samples: Sequence[Row], audit: Mapping[str, Any], f1: float | None
+) -> CellNumbers:
     inside = _while_training(steps, samples)
     known = key_numbers(steps, inside, b_ratio=None)
     lag_mean, lag_max = _lag([row for row in steps if row.get("kind") == "B"])

@@ -110,6 +110,18 @@ def test_the_mean_lag_weighs_every_segment_alike() -> None:
     assert found.lag_max == 3
 
 
+def test_the_spread_is_the_standard_error_over_the_fifths_of_the_run() -> None:
+    # lags of 0, 1, 2, 3, 4 in the fifths: mean 2, standard deviation 1.5811
+    steps = [make_step(at, lag_claimed_mean=float(at // 2), num_segments=4) for at in range(10)]
+
+    found = cell_numbers(steps, [], {}, f1=None)
+
+    assert found.lag_mean == pytest.approx(2.0)
+    assert found.spreads["lag_mean"] == pytest.approx(1.5811 / 5**0.5, rel=1e-4)
+    assert "mean_depth" not in found.spreads, "nothing was sampled"
+    assert not cell_numbers(steps[:9], [], {}, f1=None).spreads, "too short to tell"
+
+
 def test_a_run_that_wrote_nothing_gives_dashes_and_no_zeros() -> None:
     found = cell_numbers([], [], {}, f1=None)
 
@@ -122,7 +134,7 @@ def test_a_summary_is_read_back_as_it_was_written() -> None:
     for numbers in (
         make_numbers(),
         CellNumbers(),
-        make_numbers(mean_depths=(), lag_max=None, balanced=False),
+        make_numbers(mean_depths=(), lag_max=None, balanced=False, spreads={"lag_mean": 0.25}),
     ):
         assert CellNumbers.from_json(json.loads(json.dumps(numbers.to_json()))) == numbers
 
@@ -244,6 +256,19 @@ def test_every_axis_begins_at_zero_so_that_noise_looks_no_larger_than_it_is() ->
 
     cut = [plot.title for plot in plots if plot.svg and not re.search(r">0(\.0+)?</text>", plot.svg)]
     assert not cut
+
+
+def test_bars_show_how_far_a_number_is_known_and_none_where_it_is_not() -> None:
+    block = GRID.blocks[1]
+    names = [cell.name for cell in block.cells]
+    numbers = {name: make_numbers(spreads={"lag_mean": 0.25}) for name in names[:3]} | {
+        name: make_numbers() for name in names[3:]
+    }
+
+    plots = {plot.title: plot.svg for plot in sweep_plots(block, numbers, start_f1=None, prefix="b1")}
+
+    assert "spread-" in (plots["Lag when claimed, mean"] or "")
+    assert [title for title, svg in plots.items() if "spread-" in (svg or "")] == ["Lag when claimed, mean"]
 
 
 def test_a_block_of_listed_cells_is_drawn_over_its_cells() -> None:
