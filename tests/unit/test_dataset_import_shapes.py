@@ -315,3 +315,20 @@ def test_objects_of_images_that_are_left_out_are_counted(tmp_path: Path) -> None
 
     assert (summary.num_images_left_out, summary.num_objects_left_out) == (1, 3)
     assert "left out: 1 images, 3 objects (3 of them on those images)" in describe_summary(summary)
+
+
+@pytest.mark.req("D-1", "D-3")
+def test_a_sample_that_round_shapes_make_huge_is_named_with_what_makes_it_short(tmp_path: Path) -> None:
+    angles = np.linspace(0, 2 * math.pi, 90, endpoint=False)
+    ring = np.stack([32 + 20 * np.cos(angles), 24 + 20 * np.sin(angles)], axis=1).ravel().tolist()
+    source = write_coco(tmp_path / "coco", [{"segmentation": [ring]}] * 28)
+
+    summary, (sample,) = imported("coco", source, tmp_path, simplify_bins=0)
+    num_coordinates = sum(len(item.bins) for item in sample.objects)
+    (note,) = [note for note in summary.notes if "coordinates" in note]
+    assert num_coordinates > 2000
+    assert f"{num_coordinates} for 28 objects" in note
+    assert sample.sample_id in note
+
+    short, _ = imported("coco", source, tmp_path, simplify_bins=3)
+    assert not [note for note in short.notes if "coordinates" in note]

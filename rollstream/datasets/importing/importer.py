@@ -40,6 +40,8 @@ from rollstream.datasets.importing.writer import DraftSample, write_split
 from rollstream.datasets.importing.yolo import read_yolo
 from rollstream.staged_folder import check_replaceable, staged_folder
 
+# a list of thirty boxes takes some 400 tokens
+HUGE_NUM_COORDINATES: Final = 2000
 MAKER: Final = "data import"
 Kind = Literal["voc", "coco", "labelme", "yolo", "qwen"]
 Progress = Callable[[int, int], None]
@@ -277,6 +279,23 @@ def _summarise(
         num_objects_left_out=num_objects - num_written,
         num_objects_of_left_out_images=num_objects - on_kept,
         changes=dict(first.changes),
-        notes=content.notes,
+        notes=(*content.notes, *_huge_samples(first.checked)),
         problems=tuple(problems),
     )
+
+
+def _huge_samples(checked: Sequence[_Checked]) -> list[str]:
+    """Return a sentence about samples whose shapes alone fill a model's context; each number is a token."""
+    sizes = [
+        (sum(len(item.bins) for item in entry.objects), len(entry.objects), entry.image.sample_id)
+        for entry in checked
+    ]
+    huge = [size for size in sizes if size[0] > HUGE_NUM_COORDINATES]
+    if not huge:
+        return []
+    numbers, objects, name = max(huge)
+    return [
+        f"{len(huge)} samples hold more than {HUGE_NUM_COORDINATES} coordinates, a token each; {name} holds "
+        f"{numbers} for {objects} objects. Such samples are slow or too long to train: import with "
+        "--simplify 3, or with --masks hull or box"
+    ]
