@@ -10,6 +10,7 @@ from functools import partial
 from typing import Final, Literal, TypeVar, cast
 
 from broker_schemas.broker.broker import Broker
+from broker_schemas.broker.fetched_ahead import FetchedAhead
 from broker_schemas.broker.learner_door import ClaimSettings, LearnerDoor
 from broker_schemas.broker.payloads import fetch_segments
 from broker_schemas.broker.policy import read_policy
@@ -134,7 +135,8 @@ class PackFeed:
 
     An optimizer step is ``packs_per_step`` packs a rank; each is waited for ``deadline_s``, also where the
     broker is away. A feed gives rollout steps (channel B) alone: ground-truth steps (channel A) need no
-    queue, so take them from your own data and call nothing here.
+    queue, so take them from your own data and call nothing here. While you train a step, the packs that are
+    ready for the next one are fetched.
 
     Resume with ``first_optimizer_step``, the number of steps that your checkpoint covers: packs of steps that
     no checkpoint covers are given again, the same in the same order. ``archived_only`` where an archive runs:
@@ -152,6 +154,7 @@ class PackFeed:
     archived_only: bool = False
     optimizer_step: int = field(init=False, default=0)
     _door: LearnerDoor = field(init=False, repr=False)
+    _ahead: FetchedAhead = field(init=False, repr=False, default_factory=FetchedAhead)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -182,11 +185,13 @@ class PackFeed:
         """
         give_up_at = time.monotonic() + self.deadline_s
         packs = self._patiently(self._claim, give_up_at)
-        found = self._patiently(
-            lambda: [(pack, fetch_segments(self.broker, pack.record_ids)) for pack in packs], give_up_at
-        )
+        known = self._ahead.take()
+        wanted = [name for pack in packs for name in pack.record_ids if name not in known]
+        fetched = self._patiently(lambda: fetch_segments(self.broker, wanted), give_up_at)
+        known |= {segment.record_id: segment for segment in fetched}
         self.optimizer_step += 1
-        return found
+        self._ahead.start(self._fetch_coming)
+        return [(pack, [known[name] for name in pack.record_ids]) for pack in packs]
 
     def commit(self, summary: Mapping[str, float | int | str] | None = None) -> None:
         """Record that the step given last was taken, with numbers for the log; said again it changes nothing.
@@ -216,6 +221,15 @@ class PackFeed:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on where a checkpoint was written; before the first step of this feed."""
         self.optimizer_step = int(state["optimizer_step"])
+
+    def _fetch_coming(self) -> list[MatchedSegment]:
+        policy = read_policy(self.broker)
+        coming = self._door.fetch_coming(
+            self.rank,
+            optimizer_step=self.optimizer_step,
+            policy_version=policy.policy_version if policy else 0,
+        )
+        return [segment for _, segments in coming for segment in segments]
 
     def _claim(self) -> tuple[ReadyPack, ...] | None:
         policy = read_policy(self.broker)

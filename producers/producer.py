@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -184,12 +184,14 @@ class Producer:
         keeper = threading.Thread(
             target=self._keep_lease, args=(request_id, done), name=f"lease-{request_id}", daemon=True
         )
-        keeper.start()
         try:
+            # RQ's timeout may be raised in any line, the start of a thread among them
+            keeper.start()
             yield
         finally:
             done.set()
-            keeper.join()
+            with suppress(RuntimeError):
+                keeper.join()
 
     def _keep_lease(self, request_id: str, done: threading.Event) -> None:
         timeout_s, pause_s = self.settings.job_timeout_s, self.settings.lease.lease_ms / 3000

@@ -144,7 +144,7 @@ GRANTS: Final[Mapping[Role, tuple[Grant, ...]]] = {
         Grant(commands="zadd zrem xadd xdel xlen xrange", writes="ready:*"),
         Grant(commands="strlen unlink", writes="payload:*"),
         Grant(commands="exists", reads="claim:*"),
-        Grant(commands="hget", reads="counters"),
+        Grant(commands="hget hmget", reads="counters"),
         POLICY,
         STATUS,
     ),

@@ -58,8 +58,8 @@ def adopt_on_broker(config: RunConfig, broker: Broker, identity: RunIdentity) ->
 def check_data(config: RunConfig, broker: Broker) -> None:
     """Refuse a role whose training set is another than that of the run which the broker holds.
 
-    Requests name samples by their number. Nothing is looked at before the run was adopted. Raises
-    ConfigError, DataError, BrokerError.
+    Requests name samples by their number. Before the run was adopted, nothing is compared.
+    Raises ConfigError, DataError, BrokerError.
     """
     known = read_deciding(broker)
     if DATA_KEY in known:
@@ -83,8 +83,8 @@ def warn_of_model(config: RunConfig, broker: Broker) -> None:
 def check_folder(config: RunConfig, broker: Broker) -> None:
     """Refuse a role that would write what the broker holds into the folder of another run of that name.
 
-    A folder without an identity, on another machine than the learner's, is said. Raises ConfigError,
-    DataError, BrokerError.
+    A folder without an identity, on another machine than the learner's, is said.
+    Raises ConfigError, DataError, BrokerError.
     """
     folder, held = access.run_folder(config), read_run(broker)
     if held is None:

@@ -157,6 +157,8 @@ def check_sums(live: LiveState, model: QueueModel, ledger: Ledger) -> None:
     counters = dict(live.counters)
     assert counters.pop("bytes", 0) == model.num_bytes
     counters.pop("log_bytes", 0), counters.pop("budget", 0)
+    held = model.payload_bytes
+    assert (counters.pop("payloads", 0), counters.pop("payload_bytes", 0)) == (len(held), sum(held.values()))
     assert counters.pop("covered_steps", 0) == model.covered_steps
     assert counters.pop("settled_steps", 0) == model.settled_steps == ledger.settled_steps
     assert counters == {name: number for name, number in model.counters.items() if number or name in counters}

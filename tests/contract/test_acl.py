@@ -12,10 +12,8 @@ from typing import Any, Final
 
 import pytest
 import redis
-import typer
 from prometheus_client import CollectorRegistry
 from rq.serializers import JSONSerializer
-from typer.testing import CliRunner
 
 from broker_schemas.broker.broker import Broker, Fence
 from broker_schemas.broker.connection import BrokerAddress
@@ -31,10 +29,9 @@ from broker_schemas.broker.packer_door import PackerDoor, PendingDescriptor, Pla
 from broker_schemas.broker.policy import publish_policy, read_policy
 from broker_schemas.broker.rollout_requests import RolloutRequest, renew_lease, say_demand_advice
 from broker_schemas.broker.run_identity import adopt_run, read_deciding, read_run
-from broker_schemas.broker.script_library import script_source
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import SegmentSink
-from broker_schemas.errors import BrokerRefused, ConfigError
+from broker_schemas.errors import BrokerRefused
 from broker_schemas.records.evaluation_state import EvaluationNumbers
 from broker_schemas.records.identity import RunIdentity
 from broker_schemas.records.packs import ReadyPack, StepClaim, Untrainable
@@ -43,48 +40,21 @@ from producers import jobs
 from producers.dispatcher import Dispatcher
 from producers.jobs import RolloutJob, RolloutWorker, failed_requests, rollout_queue
 from producers.metrics import DispatcherMetrics
-from rollstream.acl import GRANTS, ROLES, Role, acl_file, acl_rules, user_name
-from rollstream.commands.security import register
+from rollstream.acl import ROLES, Role, acl_file, user_name
 from rollstream.history.archive import ArchiveWriter
 from rollstream.history.archive_loss import find_loss, noted_cursor
 from rollstream.history.audit import WholeLog, take_audit
 from rollstream.history.gc import collect
 from rollstream.watch.exporter import ExporterSettings, RunCollector
-from tests.builders.configs import PROJECT_ROOT
 from tests.builders.records import a_rollout
 from tests.builders.settings import claim_settings, dispatcher_settings, lease_settings
 from tests.conftest import redis_server_program
 from tests.contract.test_transitions import match_all
 from tests.redis_servers import program_or_skip, running_server
-from tests.source_tree import script_names
 
 RUN: Final = "guarded"
 COARSE: Final = "before Redis 7 whoever may read a key may also write it"
 SERVANTS: Final = [role for role in ROLES if role != "operator"]
-SCRIPTS: Final[dict[Role, tuple[str, ...]]] = {
-    "dispatcher": ("issue_requests", "reissue_requests", "fail_request", "hold_lease"),
-    "producer": ("push_segments", "take_slots", "renew_request"),
-    "matcher": ("commit_match", "bring_segments", "reap_consumers"),
-    "packer": ("commit_pack", "drop_matched", "reap_consumers", "hold_lease"),
-    "learner": (
-        *("open_step", "claim_step", "commit_step", "quarantine", "settle_checkpoint", "publish_policy"),
-        *("adopt_identity", "hold_lease"),
-    ),
-    "evaluator": ("settle_evaluation", "hold_lease"),
-    "archive": ("advance_archive", "hold_lease"),
-}
-OF_PRELUDE: Final = {
-    "emit(": {"xadd", "hincrby"},
-    "trim_log(": {"hmget", "hincrby", "xlen", "xrange", "xtrim"},
-    "bound_unkept_log(": {"exists", "hmget", "hincrby", "xlen", "xrange", "xtrim"},
-    "go_on_at_the_limit(": {"hdel"},
-    "count(": {"hincrby"},
-    "free_payloads(": {"strlen", "unlink", "hincrby"},
-    "drop_segments(": {"strlen", "unlink", "hincrby", "xadd"},
-    "now_ms(": {"time"},
-    "close_request(": {"del", "zrem"},
-    "fail_request(": {"hget", "del", "zrem", "xadd", "hincrby"},
-}
 
 
 def password(role: str) -> str:
@@ -391,55 +361,3 @@ def test_nobody_comes_in_without_a_name_or_with_a_wrong_password(server: Guarded
             Broker.connect(RUN, address)
         assert "password" in str(caught.value)
         assert "wrong" not in str(caught.value)
-
-
-@pytest.mark.parametrize("role", list(SCRIPTS))
-def test_every_command_of_a_roles_scripts_is_granted(role: Role) -> None:
-    granted = {name for grant in GRANTS[role] for name in grant.commands.split()}
-    prelude_length = len(script_source("prelude")) // 2  # it stands before itself there
-    for script in SCRIPTS[role]:
-        own = script_source(script)[prelude_length:]
-        wanted = {name.lower() for name in re.findall(r"redis\.call\('([A-Z]+)'", own)}
-        # of a container command its subcommand is granted
-        for name, part in re.findall(r"redis\.call\('(XINFO|XGROUP)', '([A-Z]+)'", own):
-            wanted = (wanted - {name.lower()}) | {f"{name}|{part}".lower()}
-        for helper, commands in OF_PRELUDE.items():
-            wanted |= commands if helper in own else set()
-        assert wanted <= granted, f"{script}: {sorted(wanted - granted)}"
-
-
-def test_every_script_belongs_to_a_role() -> None:
-    assert {script for scripts in SCRIPTS.values() for script in scripts} == set(script_names())
-
-
-def test_a_role_without_a_password_is_off_and_no_password_stands_in_the_file() -> None:
-    assert " off " in acl_rules(RUN, "matcher")
-    hashes: dict[Role, str] = {"matcher": hashlib.sha256(b"hunter2").hexdigest()}
-    text = acl_file(RUN, hashes)
-    assert text.startswith("user default reset off\n")
-    assert "hunter2" not in text
-    assert [" on #" in line for line in text.splitlines()].count(True) == 1
-    with pytest.raises(ConfigError, match="run name"):
-        acl_file("no such run!", {})
-    with pytest.raises(ConfigError, match="got passwords of"):
-        acl_file(RUN, {"boss": "x"})  # type: ignore[dict-item]
-
-
-def test_the_example_in_the_documents_is_what_the_command_prints() -> None:
-    example = PROJECT_ROOT / "docs" / "redis" / "users.acl.example"
-    assert example.read_text(encoding="utf-8") == acl_file("demo", {})
-
-
-def test_the_command_prints_the_file_and_says_who_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    for role in ROLES:
-        monkeypatch.delenv(f"ROLLSTREAM_PASSWORD_{role.upper()}", raising=False)
-    monkeypatch.setenv("ROLLSTREAM_PASSWORD_LEARNER", "hunter2")
-    app = typer.Typer()
-    register(app)
-
-    done = CliRunner().invoke(app, ["runs/guarded"])
-
-    hashes: dict[Role, str] = {"learner": hashlib.sha256(b"hunter2").hexdigest()}
-    assert done.stdout == acl_file("guarded", hashes)
-    assert "user of the matcher is off: ROLLSTREAM_PASSWORD_MATCHER is not set" in done.stderr
-    assert "hunter2" not in done.output

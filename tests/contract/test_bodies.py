@@ -181,6 +181,25 @@ def test_a_payload_that_is_gone_is_named_to_the_learner(broker: Broker) -> None:
     assert caught.value.reason == "body_missing"
 
 
+@pytest.mark.req("Q-12", "Q-13")
+@pytest.mark.parametrize("gone", [("a",), ("b", "d"), ("a", "b", "c", "d")])
+def test_the_bytes_of_payloads_that_are_gone_do_not_stay_counted(
+    broker: Broker, gone: tuple[str, ...]
+) -> None:
+    """Given two steps of two packs, when payloads of both are taken away by another hand."""
+    ready_packs(broker, "a", "b", "c", "d", ranks=[0, 1, 0, 1])
+    learner = a_learner(broker)
+    for name in gone:
+        broker.client.delete(broker.keys.payload(name))
+
+    for step in (0, 1):
+        assert learner.claim_step(optimizer_step=step, scheduled_kind="B", policy_version=0) is not None
+    learner.settle_checkpoint(optimizer_step=2)
+
+    status = read_status(broker, 2)
+    assert (status.total("bytes"), status.total("payloads"), status.total("payload_bytes")) == (0, 0, 0)
+
+
 @pytest.mark.req("Q-4", "Q-12")
 def test_a_segment_that_is_gone_before_it_is_taken_leaves_its_rollout_pending(broker: Broker) -> None:
     push(broker, "a", "b")

@@ -13,6 +13,8 @@ import pytest
 import redis
 import torch
 
+from broker_schemas import client
+from broker_schemas.broker import payloads
 from broker_schemas.broker.broker import Broker
 from broker_schemas.broker.connection import BrokerAddress
 from broker_schemas.broker.event_log import read_events
@@ -21,7 +23,7 @@ from broker_schemas.broker.policy import publish_policy, read_policy
 from broker_schemas.broker.status import read_status
 from broker_schemas.client import PackFeed
 from broker_schemas.errors import ConfigError, DeadlinePassed, RunStopped
-from broker_schemas.records.records import SegmentRecord
+from broker_schemas.records.records import MatchedSegment, SegmentRecord
 from broker_schemas.torch_dataset import PackDataset
 from rollstream.history.audit import take_audit
 from tests.contract.test_transitions import match_all, pack_all
@@ -149,6 +151,36 @@ def test_a_feed_stops_where_the_broker_lost_its_last_claim_instead_of_training_i
         feed.next_step()
     with pytest.raises(RunStopped, match="no longer knows its claim"):
         feed.commit()
+
+
+def test_a_feed_fetches_the_next_step_while_one_is_trained(
+    real_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given three packs of one, the last of which goes away after it was looked at."""
+    load_example("push_from_sampler").push_rollouts(real_broker, 3)
+    match_all(real_broker)
+    pack_all(real_broker, [0] * 3, queue_limit=0)
+    asked: list[list[str]] = []
+
+    def fetch(broker: Broker, names: list[str]) -> list[MatchedSegment]:
+        asked.append(list(names))
+        return payloads.fetch_segments(broker, names)
+
+    monkeypatch.setattr(client, "fetch_segments", fetch)
+    feed = PackFeed(real_broker, deadline_s=5)
+    steps = []
+    for _ in range(2):
+        steps += feed.next_step()
+        assert feed._ahead._thread is not None
+        feed._ahead._thread.join()
+    feed._ahead.take()
+    steps += feed.next_step()
+
+    assert [[segment.record_id for segment in segments] for _, segments in steps] == [
+        list(pack.record_ids) for pack, _ in steps
+    ]
+    first, _, last = (list(pack.record_ids) for pack, _ in steps)
+    assert asked == [first, [], last]
 
 
 @pytest.mark.req("Q-8")

@@ -85,3 +85,29 @@ def test_a_request_that_failed_here_waits_again_and_costs_no_attempt(real_broker
     over = lease_settings(lease_ms=-1, max_attempts=3)
     real_broker.client.zadd(real_broker.keys.named("requests"), {"r-1": 1})
     assert [(item.attempt, item.waits) for item in reissue_expired(real_broker, over)] == [(1, True)]
+
+
+@pytest.mark.req("O-5", "Q-11")
+def test_a_timeout_that_falls_into_the_start_of_a_job_ends_the_job_and_nothing_else(
+    real_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a timeout that is raised once the thread of the lease runs, as RQ's signal may be."""
+    monkeypatch.setattr(producing, "HUNG_AFTER_TIMEOUT_S", 0.05)
+    request = RolloutRequest(request_id="r-1", samples=((0, 1),), policy_version=0)
+    issue_requests(real_broker, [request], cursor=0, next_cursor=1, lease=LEASE)
+    start, keepers = threading.Thread.start, list[threading.Thread]()
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        keepers.append(self)
+        raise TimeoutError("job timeout")
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    left: list[bool] = []
+    producer = a_producer(real_broker, None, lambda: left.append(True), job_timeout_s=0)
+    assert producer.run(request) == []  # an accident of the place: it goes back unspent
+    monkeypatch.undo()
+
+    keepers[0].join(timeout=5)
+    assert not keepers[0].is_alive()
+    assert left == []

@@ -66,9 +66,10 @@ def make_config(folder: Path, url: str) -> RunConfig:
         data={"train_jsonl": str(train)},
         model__name_or_path=str(root / "rollstream" / "assets" / "scenes_tiny"),
         stage2_ab__schedule__b_ratio=1.0,
-        stage2_async__queue_limit=8,
-        stage2_async__prefetch_target_packs=4,
-        stage2_async__sync_every_steps=4,
+        stage2_async__queue_limit=16,
+        stage2_async__prefetch_target_packs=8,
+        stage2_async__sync_every_steps=8,
+        training__global_max_length=512,
         training__effective_batch_size=8,
         broker__url=url,
         metrics__base_port=0,
@@ -324,7 +325,7 @@ class Torture:
             self.keep_alive(names)
             time.sleep(0.5)
             books = self.read_books()
-            if not books.faults or self.deaths or time.monotonic() > ends_at_s:
+            if not books.faults or time.monotonic() > ends_at_s:
                 break
         self.end_roles()
         self.tap.catch_up()
@@ -378,6 +379,7 @@ def torture(
 
 def main() -> int:
     """Torture for MINUTES, half of them on each durability; return 1 where the books do not balance."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     minutes, seed = float(os.environ.get("MINUTES", "20")), int(os.environ.get("SEED", "0"))
     home = Path("runs") / f"torture-{seed}"
     shutil.rmtree(home, ignore_errors=True)

@@ -23,6 +23,7 @@ local group, oldest, status, bytes, tokens = ARGV[2], tonumber(ARGV[3]), {}, 0, 
 local MADE, BODY, PAYLOAD = PREFIX .. 'made:', PREFIX .. 'body:', PREFIX .. 'payload:'
 local taken, foreign, admitted, linked, unwanted = {}, {}, {}, {}, {}
 local matched, evaluated, rejected, dropped = {}, {}, {}, {}
+local made_bytes = 0
 
 local verdicts, by_entry, waiting = {}, {}, {}
 for i = 1, tonumber(ARGV[4]) do
@@ -129,7 +130,7 @@ local function settle(verdict)
       'encoded_length', text, 'optimizer_step', verdict.step)
     matched[#matched + 1] = id .. '\t' .. text
     tokens = tokens + tonumber(text)
-    bytes = bytes + verdict.made
+    bytes, made_bytes = bytes + verdict.made, made_bytes + verdict.made
   elseif outcome == 'evaluated' then
     add_result(id, verdict.extra)
     evaluated[#evaluated + 1] = id
@@ -159,6 +160,8 @@ for reason, ids in pairs(dropped) do
 end
 count('matched', #matched)
 count('matched_tokens', tokens)
+count('payloads', #matched)
+count('payload_bytes', made_bytes)
 count('evaluated', #evaluated)
 count('evaluation_waiting', -#evaluated - no_answer)
 for name, num in pairs(apart) do count(name, num) end
