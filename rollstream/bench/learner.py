@@ -1,14 +1,15 @@
 """`rollstream bench learner`: the learner's step on random weights against a plain transformers loop.
 
-Both train the same segments in the same run: the plain loop one padded batch of them at a time, as a trainer
-without packing does, with transformers' own loss over all positions.
+Both train the same segments in the same run, a step of the one after a step of the other, so that whatever
+else the machine does meets both; medians are told. The plain loop takes one padded batch of them at a time,
+as a trainer without packing does, with transformers' own loss over all positions.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -167,13 +168,12 @@ def _measure(practice: PracticeLearner, config: Any, shape: RowShape, num_steps:
     device, first = practice.device, practice.settings.first_coordinate_id
     row = practice_row(shape, config, first, position_rule_of(practice.model))
     loss = practice.step([row])
-    step_s = _median_s(lambda: practice.step([row]), num_steps, device)
+    plain = _PlainLoop(practice, row, shape, config)
+    plain.step()
+    step_s, plain_step_s = _medians_s((lambda: practice.step([row]), plain.step), num_steps, device)
     practice.backward([row])
     row_bytes = measure_peak(lambda: practice.backward([row]), device)
     practice.optimizer.zero_grad(set_to_none=True)
-    plain = _PlainLoop(practice, row, shape, config)
-    plain.step()
-    plain_step_s = _median_s(plain.step, num_steps, device)
     plain.backward()
     plain_row_bytes = measure_peak(plain.backward, device)
     return _Measured(
@@ -226,15 +226,18 @@ def _as_batch(row: PackedRow, shape: RowShape, config: Any, device: torch.device
     return {name: tensor.to(device) for name, tensor in on_device.items()}
 
 
-def _median_s(work: Callable[[], Any], num_times: int, device: torch.device) -> float:
-    taken = []
-    for _ in range(num_times):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+def _medians_s(works: Sequence[Callable[[], Any]], num_times: int, device: torch.device) -> tuple[float, ...]:
+    """Return the median seconds of each of ``works``, which take turns; who begins changes each time."""
+    taken: list[list[float]] = [[] for _ in works]
+    for turn in range(num_times):
+        for place in range(len(works)):
+            index = (turn + place) % len(works)
+            started = time.perf_counter()
+            works[index]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken[index].append(time.perf_counter() - started)
+    return tuple(statistics.median(times) for times in taken)
 
 
 def _device_name(device: torch.device) -> str:

@@ -81,14 +81,22 @@ def doctor(
     gpu_gb: Annotated[
         float | None, typer.Option(help="with --memory: gigabytes of a GPU, where it is not in this machine")
     ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="with --memory: the published sizes on 1 to 8 GPUs, as Markdown")
+    ] = False,
 ) -> None:
     """Check everything that a run needs, and say what to change; exit status 1 when something fails."""
     loaded = load_run(config, overrides)
+    if memory and table:
+        _doctor_table(loaded, has_choice=size is not None or gpu_gb is not None or as_json)
+        return
     if memory:
         _doctor_memory(loaded, size, gpu_gb, as_json)
         return
-    if size is not None or gpu_gb is not None:
-        raise ConfigError("doctor: got --size or --gpu-gb without --memory, which alone reads them; add it")
+    if size is not None or gpu_gb is not None or table:
+        raise ConfigError(
+            "doctor: got --size, --gpu-gb or --table without --memory, which alone reads them; add it"
+        )
     from rollstream.doctor.examining import examine, render_findings, verdict_line
 
     findings = examine(loaded)
@@ -100,6 +108,18 @@ def doctor(
         console.print(verdict_line(findings, loaded, config), markup=False)
     if any(finding.verdict == "fail" for finding in findings):
         raise typer.Exit(1)
+
+
+def _doctor_table(config: RunConfig, *, has_choice: bool) -> None:
+    from rollstream.doctor.fitting_table import measure_rows, render_fitting
+
+    if has_choice:
+        raise ConfigError(
+            "doctor --table: got --size, --gpu-gb or --json too, but it shows all; take them out"
+        )
+    with Console(stderr=True).status("computing the memory of rows"):
+        rows = measure_rows(config)
+    Console(soft_wrap=True, highlight=False).print(render_fitting(config, rows), markup=False)
 
 
 def _doctor_memory(config: RunConfig, size: str | None, gpu_gb: float | None, as_json: bool) -> None:

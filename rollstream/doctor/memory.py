@@ -51,10 +51,18 @@ def examine_memory(
     """
     model_config = named_config(sizes_named(size)) if size is not None else _model_config(config)
     shape, training = shape_of_config(model_config), config.training
-    cost = probe_row(model_config, _practice(config))
+    cost = measure_row(config, model_config)
     tokens = training.global_max_length
     patches = row_patches(config, model_config, tokens)
-    plan = plan_memory(_sizes(config, shape, cost, patches))
+    positions = training.loss_chunk_positions or tokens // 2
+    plan = plan_memory(
+        memory_sizes(
+            config,
+            shape,
+            row_bytes=cost.kept_bytes(tokens, patches),
+            passing_bytes=cost.passing_bytes(tokens, patches, positions),
+        )
+    )
     device_bytes, rate = _device_bytes(config, gpu_gb), _write_rate(access.run_folder(config).path)
     remedy = Remedy(
         can_checkpoint_activations=not training.activation_checkpointing,
@@ -74,6 +82,11 @@ def examine_memory(
         advice=() if device_bytes is None else tuple(advice(plan, device_bytes, remedy)),
         device_bytes=device_bytes,
     )
+
+
+def measure_row(config: RunConfig, model_config: Any) -> RowCost:
+    """Return what rows of ``config`` cost with the model of ``model_config``; measured, see RowCost."""
+    return probe_row(model_config, _practice(config))
 
 
 def _practice(config: RunConfig) -> PracticeSettings:
@@ -97,18 +110,17 @@ def _num_sharing(config: RunConfig) -> int:
     return num_ranks if sharding == "full" else len(config.devices.learner_gpus) or num_ranks
 
 
-def _sizes(config: RunConfig, shape: ModelShape, cost: RowCost, patches: int) -> MemorySizes:
+def memory_sizes(config: RunConfig, shape: ModelShape, *, row_bytes: int, passing_bytes: int) -> MemorySizes:
+    """Return what the plan of ``config`` is made of for a model of ``shape``."""
     training = config.training
-    tokens = training.global_max_length
-    positions = training.loss_chunk_positions or tokens // 2
     trained, published = trained_weights(config, shape)
     return MemorySizes(
         trained=trained,
         frozen=shape.total - (0 if training.lora.rank is not None else trained),
         published=published,
         is_frozen_kept=training.lora.rank is None,
-        row_bytes=cost.kept_bytes(tokens, patches),
-        passing_bytes=cost.passing_bytes(tokens, patches, positions),
+        row_bytes=row_bytes,
+        passing_bytes=passing_bytes,
         outside_layers=shape.outside_layers,
         largest_layer=shape.largest_layer,
         precision=config.precision,

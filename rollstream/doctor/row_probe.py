@@ -92,17 +92,17 @@ class RowCost:
 
 def probe_row(config: Any, settings: PracticeSettings) -> RowCost:
     """Return the cost of a row for the model of ``config``: seconds, whatever its size."""
-    settings = replace(settings, loss_chunk_positions=PROBE_CHUNK)
+    settings = replace(settings, loss_chunk_positions=PROBE_CHUNK, is_drawn=False)
     text_layers, vision_layers = config.text_config.num_hidden_layers, config.vision_config.depth
     base, text_passing, _ = _measure(config, settings, 1, 1)
-    deeper, _, _ = _measure(config, settings, 3, 1)
-    seeing, _, vision_passing = _measure(config, settings, 1, 3)
-    per_text_layer, per_vision_layer = (deeper - base) * 0.5, (seeing - base) * 0.5
+    deeper, _, _ = _measure(config, settings, 2, 1)
+    seeing, _, vision_passing = _measure(config, settings, 1, 2)
+    per_text_layer, per_vision_layer = deeper - base, seeing - base
     kept = base + per_text_layer * (text_layers - 1) + per_vision_layer * (vision_layers - 1)
     num_deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
     if num_deepstack > 1:
-        stacked, _, _ = _measure(config, settings, 3, 3, num_deepstack=2)
-        kept = kept + (stacked - base - (deeper - base) - (seeing - base)) * (num_deepstack - 1)
+        stacked, _, _ = _measure(config, settings, 2, 2, num_deepstack=2)
+        kept = kept + (stacked - base - per_text_layer - per_vision_layer) * (num_deepstack - 1)
     return RowCost(
         kept=kept,
         text_passing=text_passing,

@@ -31,7 +31,10 @@ PRACTICE_OPTIMIZATION = OptimizationSettings(
 
 @dataclass(frozen=True, kw_only=True)
 class PracticeSettings:
-    """The keys of `training` and `model` that change what a step costs."""
+    """The keys of `training` and `model` that change what a step costs.
+
+    Unless ``is_drawn``, the model's matrices are zeros.
+    """
 
     precision: Precision
     attention: Any = "auto"
@@ -40,6 +43,7 @@ class PracticeSettings:
     first_coordinate_id: int = 0
     adapter: AdapterSettings | None = None
     frozen: tuple[FrozenPart, ...] = ()
+    is_drawn: bool = True
 
     @property
     def losses(self) -> LossSettings:
@@ -63,7 +67,7 @@ class PracticeLearner:
 
     def __init__(self, config: Any, settings: PracticeSettings, device: torch.device) -> None:
         self.settings, self.device = settings, device
-        self.model = random_model(config, device).train()
+        self.model = random_model(config, device, is_drawn=settings.is_drawn).train()
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         use_attention(self.model, choose_attention(settings.attention, device, dtype))
         if settings.is_checkpointing_activations:
@@ -96,8 +100,11 @@ class PracticeLearner:
         return loss
 
 
-def random_model(config: Any, device: torch.device) -> Any:
-    """Return the float32 model of ``config`` on ``device`` with small random weights, always the same."""
+def random_model(config: Any, device: torch.device, *, is_drawn: bool = True) -> Any:
+    """Return the float32 model of ``config`` on ``device`` with small random weights, always the same.
+
+    Unless ``is_drawn``, its matrices are zeros, which are there at once.
+    """
     from transformers import AutoModelForImageTextToText
 
     # drawn where they stay: the usual initialisation of 8B weights takes minutes on a CPU
@@ -110,6 +117,8 @@ def random_model(config: Any, device: torch.device) -> Any:
         for parameter in model.parameters():
             if parameter.ndim < 2:
                 parameter.fill_(0.0 if parameter.ndim == 0 else 1.0)
+            elif not is_drawn:
+                parameter.zero_()
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
         for name, parameter in model.named_parameters():

@@ -77,7 +77,10 @@ class InspectedObject:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """One rollout and what became of it; ``matched`` is None when no segment was built (``verdict``)."""
+    """One rollout and what became of it; ``matched`` is None when no segment was built (``verdict``).
+
+    ``base``: the model that its policy was an adapter of, empty for a whole one.
+    """
 
     segment: SegmentRecord
     objects: tuple[InspectedObject, ...]
@@ -86,6 +89,7 @@ class Inspection:
     truncated: bool = False
     verdict: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict)
+    base: str = ""
 
 
 def token_roles(matched: MatchedSegment) -> list[TokenRole]:
@@ -179,7 +183,6 @@ def _head(inspection: Inspection) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    spans = ", ".join(f"v{policy_version} × {count}" for policy_version, count in segment.version_spans)
     flags = [
         segment.finish_reason,
         "cut off" if inspection.truncated else "",
@@ -191,7 +194,7 @@ def _head(inspection: Inspection) -> RenderableType:
     lines = (
         ("record", segment.record_id),
         ("sample", f"{segment.sample_id}  {' '.join(image.path for image in segment.images)}"),
-        ("policy", f"v{segment.policy_version}" + (f" ({spans})" if spans else "")),
+        ("policy", _policy(inspection)),
         ("producer", _origin(segment)),
         ("tokens", tokens),
         ("ended", ", ".join(flag for flag in flags if flag)),
@@ -200,6 +203,13 @@ def _head(inspection: Inspection) -> RenderableType:
     for name, value in lines:
         table.add_row(name, Text(one_line(value, 300)))
     return table
+
+
+def _policy(inspection: Inspection) -> str:
+    segment = inspection.segment
+    spans = ", ".join(f"v{policy_version} × {count}" for policy_version, count in segment.version_spans)
+    kind = f", an adapter on {inspection.base}" if inspection.base else ""
+    return f"v{segment.policy_version}" + (f" ({spans})" if spans else "") + kind
 
 
 def _origin(segment: SegmentRecord) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from broker_schemas.broker.payloads import fetch_segments
 from broker_schemas.errors import DataError
+from broker_schemas.method.adapter_folder import is_adapter, read_base
 from broker_schemas.method.images import confine_image_path, open_image
 from broker_schemas.records.records import MatchedSegment, SegmentRecord
 from configs import RunConfig, load_config
@@ -54,8 +55,22 @@ def rollout_of(segment: MatchedSegment) -> SegmentRecord:
     )
 
 
-def inspection_of(segment: MatchedSegment, rollout: MatchedRollout) -> Inspection:
-    """Return what there is to see of one rollout."""
+def base_of(folder: RunFolder, config: RunConfig, policy_version: int) -> str:
+    """Return the base of the run's adapter of ``policy_version``; empty where a policy is a whole model.
+
+    As its policy folder names it, with its digest; the configured model once that folder is cleared away.
+    """
+    if config.training.lora.rank is None:
+        return ""
+    policy = folder.policy_version_dir(policy_version)
+    if is_adapter(policy):
+        base = read_base(policy)
+        return f"{base.path} ({base.fingerprint})" if base.fingerprint else base.path
+    return str(access.model_dir(config))
+
+
+def inspection_of(segment: MatchedSegment, rollout: MatchedRollout, *, base: str = "") -> Inspection:
+    """Return what there is to see of one rollout of a policy that was an adapter of ``base``, or whole."""
     truth_of = dict(rollout.match.pairs)
     targets_of = {
         prediction: tuple(target)
@@ -80,6 +95,7 @@ def inspection_of(segment: MatchedSegment, rollout: MatchedRollout) -> Inspectio
         is_invalid=rollout.parsed.is_invalid_rollout,
         truncated=rollout.parsed.truncated,
         dropped=rollout.parsed.dropped,
+        base=base,
     )
 
 
@@ -90,7 +106,7 @@ def inspect_run(run: Path, record_id: str, *, picture: Path | None, console: Con
     segment = find_segment(folder, record_id)
     tools = matcher_tools(config, access.model_dir(config))
     rollout = match_rollout(rollout_of(segment), tools)
-    inspection = inspection_of(segment, rollout)
+    inspection = inspection_of(segment, rollout, base=base_of(folder, config, segment.policy_version))
     table = token_bytes_of(tools.tokenizer)
 
     def token_text(token_id: int) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console, RenderableType
 
+from broker_schemas.method.adapter_folder import write_adapter
+from broker_schemas.method.adapters import AdapterPlan, BaseModel
+from rollstream.models.shipped import SHIPPED_MODEL
+from rollstream.run_folder import RunFolder
 from rollstream.show.drawing import GROUND_TRUTH_COLOUR, PREDICTION_COLOUR
 from rollstream.show.inspect_view import (
     STYLES,
@@ -18,6 +24,8 @@ from rollstream.show.inspect_view import (
     sequence_text,
     token_roles,
 )
+from rollstream.show.inspecting import base_of
+from tests.builders.configs import load_mapping, make_mapping
 from tests.builders.inspections import (
     APPENDED,
     PREFIX,
@@ -171,3 +179,31 @@ def test_the_view_stays_within_the_terminal(width: int) -> None:
     text = shown(render_inspection(make_inspection(), token_text), width)
 
     assert max(len(line) for line in text.splitlines()) <= width
+
+
+@pytest.mark.req("L-7")
+def test_a_rollout_of_an_adapter_says_which_and_on_which_base(tmp_path: Path) -> None:
+    plan = AdapterPlan(
+        rank=2,
+        alpha=4.0,
+        layers=("q_proj",),
+        coordinate_ids=(),
+        base=BaseModel(path="/models/base", fingerprint="0123456789abcdef"),
+    )
+    model = str(SHIPPED_MODEL)
+    whole = load_mapping(tmp_path, make_mapping(model__name_or_path=model))
+    adapted = load_mapping(tmp_path, make_mapping(model__name_or_path=model, training__lora={"rank": 2}))
+    folder = RunFolder(tmp_path / "runs" / "one")
+    folder.policy_version_dir(3).mkdir(parents=True)
+    write_adapter(folder.policy_version_dir(3), plan, {"q_proj.lora_A.default.weight": torch.zeros(2, 2)})
+
+    assert base_of(folder, whole, 3) == ""
+    assert base_of(folder, adapted, 3) == "/models/base (0123456789abcdef)"
+    assert base_of(folder, adapted, 2) == model
+    assert "v3, an adapter on /models/base (0123" in shown(
+        render_inspection(
+            make_inspection(base=base_of(folder, adapted, 3), segment=make_segment(policy_version=3)),
+            token_text,
+        ),
+        width=160,
+    )

@@ -180,3 +180,17 @@ def test_the_command_prints_a_table_and_ends_with_1_where_it_does_not_fit(
     unknown = run(app, ["doctor", str(path), "--memory"])
     assert isinstance(unknown.exception, ConfigError)
     assert "--size 2B" in str(unknown.exception)
+
+
+def test_the_table_wants_no_choice_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "probe_row", lambda config, settings: RowCost(kept=Line(per_token=1e5)))
+    path = write_file(tmp_path, make_mapping(training__global_max_length=4096))
+    run = CliRunner().invoke
+
+    shown = run(app, ["doctor", str(path), "--memory", "--table"])
+    assert shown.exit_code == 0
+    assert "| 2B | 0.41 |" in shown.output
+    chosen = run(app, ["doctor", str(path), "--memory", "--table", "--size", "2B"])
+    assert isinstance(chosen.exception, ConfigError)
+    alone = run(app, ["doctor", str(path), "--table"])
+    assert isinstance(alone.exception, ConfigError)
