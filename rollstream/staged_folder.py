@@ -57,7 +57,7 @@ def made_by(folder: Path) -> str | None:
     """Return the maker that the marker file of ``folder`` names; None without a readable marker."""
     try:
         marker = json.loads((folder / MARKER_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return str(marker.get("made_by")) if isinstance(marker, dict) else None
 

@@ -153,7 +153,7 @@ def _ask(broker: Broker, role: str, *, token: int, lease_ms: int, gone: int = 0,
 def _read_holder(raw: Any) -> dict[str, Any]:
     try:
         found = json.loads(raw)
-    except (ValueError, TypeError):
+    except (ValueError, RecursionError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -152,7 +152,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{path}: not readable as JSON ({exc}); {_REMEDY}") from exc
     if not isinstance(found, dict):
         raise DataError(f"{path}: got {type(found).__name__}, expected a map; {_REMEDY}")

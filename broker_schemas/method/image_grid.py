@@ -36,7 +36,7 @@ class ImageGrid:
         path = folder / "preprocessor_config.json"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, RecursionError) as exc:
             raise DataError(f"{path}: not readable ({exc}); download the checkpoint again") from exc
         try:
             own = stored_bounds(content)

@@ -50,7 +50,7 @@ def write_image_bounds(folder: Path, bounds: ImageBounds) -> None:
             part = content if name == PROCESSOR_FILE else content.get(JOINT_PART)
             if part is not None:
                 _set_bounds(part, bounds)
-        except (AttributeError, TypeError, ValueError) as exc:
+        except (AttributeError, TypeError, ValueError, RecursionError) as exc:
             raise DataError(f"{path}: not an image processor file ({exc}); download it again") from exc
         if part is not None:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -136,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{path}: not readable as JSON ({exc}); download or save it again") from exc
     return content if isinstance(content, dict) else {}
 

@@ -29,7 +29,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{path}: not readable as JSON ({exc}); download the checkpoint again") from exc
     family = config.get("model_type") if isinstance(config, dict) else None
     if family not in FAMILIES:

@@ -115,7 +115,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             if length > LARGEST_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length))
-    except (OSError, ValueError, struct.error) as exc:
+    except (OSError, ValueError, RecursionError, struct.error) as exc:
         raise _broken(file, str(exc)) from exc
     if not isinstance(header, dict):
         raise _broken(file, "its header is no map")
@@ -128,7 +128,7 @@ def read_index(index: Path) -> dict[str, Any]:
         content = json.loads(index.read_text(encoding="utf-8"))
         if not isinstance(content["weight_map"], dict):
             raise ValueError("weight_map is no map")
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as exc:
         raise DataError(f"{index}: not the index of a checkpoint ({exc}); download it again") from exc
     return dict(content)
 

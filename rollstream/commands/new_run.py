@@ -286,7 +286,7 @@ def _count_parameters(folder: Path) -> int:
             with file.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
                 header = json.loads(stream.read(length)) if length < 1 << 28 else {}
-        except (OSError, ValueError, struct.error) as exc:
+        except (OSError, ValueError, RecursionError, struct.error) as exc:
             raise DataError(f"{file}: not a weight file ({exc}); download it again") from exc
         for name, entry in header.items():
             if name != "__metadata__":

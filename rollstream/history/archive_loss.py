@@ -67,7 +67,7 @@ def read_losses(folder: Path) -> list[BrokerLoss]:
         losses = [BrokerLoss(**json.loads(line)) for line in lines]
         for loss in losses:
             loss.covers(NOTHING)
-    except (ValueError, TypeError, AttributeError) as exc:
+    except (ValueError, RecursionError, TypeError, AttributeError) as exc:
         raise DataError(f"{path}: not a list of losses ({exc}); restore it from a copy") from exc
     return losses
 

@@ -77,7 +77,7 @@ def _edit(path: Path, change: Any, *, compact: bool = False) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         change(content)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as exc:
         raise DataError(f"{path}: not the file expected there ({exc}); download it again") from exc
     text = json.dumps(content, ensure_ascii=False, indent=None if compact else 2)
     path.write_text(text + "\n", encoding="utf-8")

@@ -235,6 +235,6 @@ def longest_rollout(config: RunConfig, model: Path, num_images: int) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{path}: not readable as JSON ({exc}); give a whole model folder") from exc
     return content if isinstance(content, dict) else {}

@@ -94,3 +94,13 @@ def test_the_learner_is_given_the_bounds_of_the_configuration(tiny_folder: Path,
     mapping["model"] = {"name_or_path": str(tiny_folder), "image": {"max_pixels": 8192}}
     given = companions(load_mapping(tmp_path, mapping))
     assert (given.folder, given.bounds) == (tiny_folder, ImageBounds(min_pixels=None, max_pixels=8192))
+
+
+def test_json_of_any_depth_is_a_broken_file(tmp_path: Path) -> None:
+    for name in ("preprocessor_config.json", "config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("[" * 100_000, encoding="utf-8")
+
+    with pytest.raises(DataError, match="preprocessor_config.json"):
+        ImageGrid.of_model(tmp_path)
+    with pytest.raises(DataError, match="preprocessor_config.json"):
+        write_image_bounds(tmp_path, ImageBounds(min_pixels=1, max_pixels=2))

@@ -24,9 +24,11 @@ local cursor = redis.call('HGET', KEYS[4], 'cursor') or '0-0'
 local steps = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', '(' .. upto, 'LIMIT', 0, tonumber(ARGV[4]))
 for _, step in ipairs(steps) do
   local key = PREFIX .. 'claim:' .. step
-  if ARGV[3] == '1' and later(redis.call('HGET', key, 'event'), cursor) then break end
-  -- a library loop that says nothing until its checkpoint: the checkpoint proves that the step was taken
-  if redis.call('HSETNX', key, 'committed', 1) == 1 then
+  local event = redis.call('HGET', key, 'event')
+  if event and ARGV[3] == '1' and later(event, cursor) then break end
+  -- a library loop that says nothing until its checkpoint: the checkpoint proves that the step was taken; a claim
+  -- that another hand took away leaves nothing to commit or to free, and is nothing to stop for
+  if event and redis.call('HSETNX', key, 'committed', 1) == 1 then
     emit('committed', 'optimizer_step', step, 'summary', NO_SUMMARY)
     count('committed_steps', 1)
     count('trained_segments', tonumber(redis.call('HGET', key, 'num_segments')))
