@@ -17,6 +17,8 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 IN_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 WARM_RUN := runs/warm-start-scenes
 WARM_CONFIG := configs/warm_start/scenes.yaml
+SETTLE_RUN := runs/warm-start-settle
+SETTLE_CONFIG := configs/warm_start/scenes_settle.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-vllm check torture up down bench requirements assets clean
@@ -89,11 +91,14 @@ requirements: $(STAMP)
 
 # the commands are kept beside the checkpoint, in trained.json
 assets: $(STAMP)
-	@test ! -e $(WARM_RUN) || { echo "make assets: $(WARM_RUN) exists; move it away to train from the start"; exit 2; }
+	@for run in $(WARM_RUN) $(SETTLE_RUN); do test ! -e $$run || \
+	  { echo "make assets: $$run exists; move it away to train from the start"; exit 2; }; done
 	@set -e; commands=("rollstream data scenes data/scenes" "rollstream model tiny models/scenes_tiny" \
-	  "rollstream learn $(WARM_CONFIG) --set training.early_stop.target=0.6"); \
+	  "rollstream learn $(WARM_CONFIG) --set training.early_stop.target=0.6" \
+	  "rollstream model export $(WARM_RUN) models/scenes_warm --dtype float32" \
+	  "rollstream data scenes data/scenes_large --num-train 16000" "rollstream learn $(SETTLE_CONFIG)"); \
 	for command in "$${commands[@]}"; do echo "$$command"; $(BIN)/$$command; done; \
-	$(BIN)/python -m rollstream.models.shipped_checkpoint $(WARM_CONFIG) rollstream/assets/scenes_tiny "$${commands[@]}"
+	$(BIN)/python -m rollstream.models.shipped_checkpoint $(SETTLE_CONFIG) rollstream/assets/scenes_tiny "$${commands[@]}"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

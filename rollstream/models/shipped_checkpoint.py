@@ -1,15 +1,16 @@
 """Turns the end of a warm start into the small checkpoint that the repository ships [`make assets`].
 
-``python -m rollstream.models.shipped_checkpoint CONFIG DST``: weights in bfloat16, tokenizer, processor, and
-beside them ``trained.json``, which says how the checkpoint was made and how good it is.
+``python -m rollstream.models.shipped_checkpoint CONFIG DST COMMAND...``: weights in bfloat16, tokenizer,
+processor, and beside them ``trained.json``, which says how the checkpoint was made and how good it is.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,10 +35,18 @@ SCORES: Final = tuple(
 )
 
 
-def ship_checkpoint(config: RunConfig, destination: Path, *, commands: Sequence[str]) -> dict[str, Any]:
+def ship_checkpoint(
+    config: RunConfig,
+    destination: Path,
+    *,
+    commands: Sequence[str],
+    replaced: Mapping[str, float] | None = None,
+    note: str = "",
+) -> dict[str, Any]:
     """Write the latest checkpoint of ``config``'s run to ``destination``, evaluate it and return its record.
 
-    The record says what the shipped weights reach, after rounding to bfloat16.
+    The record says what the shipped weights reach, after rounding to bfloat16, and beside it what those that
+    they replace reach, ``replaced``. ``note``: what the commands do not say about these weights.
     Raises DataError without a checkpoint, above LARGEST_BYTES, or over a folder that is not ours.
     """
     folder = access.run_folder(config)
@@ -55,6 +64,10 @@ def ship_checkpoint(config: RunConfig, destination: Path, *, commands: Sequence[
         metrics = evaluate_run(config, model=staging, label=None, num_samples=None).metrics
         rows = latest_steps(read_json_lines(folder.train_log))
         record = training_record(config, rows[:steps], metrics, commands=commands)
+        if replaced is not None:
+            record["scores_of_the_replaced"] = shown_scores(replaced)
+        if note:
+            record["note"] = note
         (staging / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
@@ -69,19 +82,46 @@ def training_record(
         "optimizer_steps": len(rows),
         "training_s": round(sum(float(row["step_s"]) for row in rows), 1),
         "validation_set": config.data.val_jsonl,
-        "scores": {name: round(float(metrics[name]), 4) for name in SCORES},
+        "scores": shown_scores(metrics),
     }
 
 
+def shown_scores(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the SCORES of an evaluation, rounded."""
+    return {name: round(float(metrics[name]), 4) for name in SCORES}
+
+
+def scores_of(config_path: Path, folder: Path) -> Mapping[str, float] | None:
+    """Return what the checkpoint in ``folder`` reaches on the validation set; None without a checkpoint.
+
+    It is judged with its own tokenizer.
+    """
+    if not (folder / "config.json").exists():
+        return None
+    config = load_config(config_path, (f"model.name_or_path={folder}",))
+    return evaluate_run(config, model=folder, label=None, num_samples=None).metrics
+
+
 def main(arguments: Sequence[str]) -> int:
-    config_path, destination, *commands = arguments
+    parser = argparse.ArgumentParser(prog="shipped_checkpoint")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("commands", nargs="*")
+    parser.add_argument("--note", default="")
+    given = parser.parse_args(arguments)
     console = Console(soft_wrap=True, highlight=False)
     try:
-        record = ship_checkpoint(load_config(Path(config_path)), Path(destination), commands=commands)
+        record = ship_checkpoint(
+            load_config(given.config),
+            given.destination,
+            commands=given.commands,
+            replaced=scores_of(given.config, given.destination),
+            note=given.note,
+        )
     except DataError as exc:
         Console(stderr=True, soft_wrap=True).print(f"shipped checkpoint: {exc}", markup=False)
         return 2
-    console.print(f"{shlex.quote(destination)}: {json.dumps(record['scores'])}", markup=False)
+    console.print(f"{shlex.quote(str(given.destination))}: {json.dumps(record['scores'])}", markup=False)
     return 0
 
 

@@ -53,6 +53,7 @@ def test_the_expected_files_are_shipped() -> None:
         "demo.yaml",
         "bccd.yaml",
         "warm_start/scenes.yaml",
+        "warm_start/scenes_settle.yaml",
         "warm_start/bccd.yaml",
         "rollout_matching/micro.yaml",
         "rollout_matching/window.yaml",

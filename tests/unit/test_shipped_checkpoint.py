@@ -94,6 +94,20 @@ def test_it_is_small_loadable_and_says_how_it_was_made(
     }
 
 
+def test_the_record_shows_what_is_replaced_and_what_the_commands_do_not_say(
+    tmp_path: Path, tiny_folder: Path, evaluated: list[Path]
+) -> None:
+    config, destination = a_warm_start(tmp_path, tiny_folder), tmp_path / "shipped"
+    before = {**METRICS, "eval_rollout_f1": 0.41}
+
+    ship_checkpoint(config, destination, commands=[], replaced=before, note="carried over")
+
+    record = json.loads((destination / RECORD_FILE).read_text())
+    assert record["scores_of_the_replaced"]["eval_rollout_f1"] == 0.41
+    assert record["scores_of_the_replaced"].keys() == record["scores"].keys()
+    assert record["note"] == "carried over"
+
+
 def test_without_a_checkpoint_it_says_what_to_run(tmp_path: Path, tiny_folder: Path) -> None:
     config = a_warm_start(tmp_path, tiny_folder, with_checkpoint=False)
 
