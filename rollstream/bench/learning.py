@@ -18,6 +18,7 @@ from rich.console import Console
 
 import configs
 from broker_schemas.errors import ConfigError
+from broker_schemas.method.model_fingerprint import model_fingerprint
 from configs import RunConfig, load_config
 from configs.show import resolved_yaml
 from rollstream.bench.learning_arms import ALONE, B_RATIO, MIXED, Cell, arms_of, cells_of, steps_for_tokens
@@ -201,16 +202,23 @@ class _RunningBench:
         return 0
 
     def _evaluate_start(self) -> Mapping[str, float]:
-        """Return the numbers of the checkpoint, measured once."""
+        """Return the numbers of the checkpoint, measured once; refuses to go on from another one."""
         path = self.output_dir / "start.json"
+        make_described_model(self.base)
+        model = access.model_dir(self.base)
+        fingerprint = model_fingerprint(model)
         known = read_json_map(path)
         if known is None:
-            make_described_model(self.base)
-            model = access.model_dir(self.base)
             self.console.print(f"evaluating the checkpoint {model}", markup=False)
-            known = kept_numbers(evaluate_run(self.base, model=model, label=None, num_samples=None).metrics)
+            found = evaluate_run(self.base, model=model, label=None, num_samples=None).metrics
+            known = {"model": str(model), "fingerprint": fingerprint, "numbers": kept_numbers(found)}
             write_atomically(path, json.dumps(known, indent=1) + "\n")
-        return {str(name): float(value) for name, value in known.items()}
+        if known.get("fingerprint") != fingerprint:
+            raise ConfigError(
+                f"bench learning: {path}: its runs began from another checkpoint than {model} holds now; "
+                "give another --output, or put the old checkpoint back"
+            )
+        return {str(name): float(value) for name, value in known["numbers"].items()}
 
     def _bench(self) -> LearningBench:
         return LearningBench(

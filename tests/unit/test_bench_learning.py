@@ -35,6 +35,7 @@ class PaperStacks:
     begun: list[str] = field(default_factory=list)
     judged_gates: set[float] = field(default_factory=set)
     statuses: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = "the first"
 
     def run(self, _path: Path, config: RunConfig, options: StackOptions) -> SimpleNamespace:
         self.begun.append(config.run.name)
@@ -69,6 +70,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> PaperStacks:
     paper = PaperStacks()
     monkeypatch.setattr(learning, "run_stack", paper.run)
     monkeypatch.setattr(learning, "evaluate_run", paper.judge)
+    monkeypatch.setattr(learning, "model_fingerprint", lambda _folder: paper.fingerprint)
     return paper
 
 
@@ -165,6 +167,16 @@ def test_every_setting_of_interest_can_be_varied(stacks: PaperStacks, tmp_path: 
     ]
     # one gate judges all, or the scores of runs trained with another could not be compared
     assert stacks.judged_gates == {0.3}
+
+
+def test_a_bench_does_not_go_on_from_another_checkpoint(stacks: PaperStacks, tmp_path: Path) -> None:
+    run_learning_bench(options_in(tmp_path, num_seeds=1), QUIET)
+    stacks.fingerprint = "trained again since"
+
+    with pytest.raises(ConfigError, match="began from another checkpoint"):
+        run_learning_bench(options_in(tmp_path, num_seeds=2), QUIET)
+
+    assert len(stacks.begun) == 3
 
 
 @pytest.mark.parametrize(
