@@ -322,3 +322,26 @@ def test_a_claim_reads_no_pack_that_it_does_not_take(real_broker: Broker) -> Non
     assert claim is not None
     assert claim.num_segments == 4
     assert broker.client.info("commandstats")["cmdstat_xrange"]["calls"] == 4  # those it takes
+
+
+@pytest.mark.req("Q-8", "Q-12")
+@pytest.mark.parametrize("archived_only", [False, True])
+def test_a_claim_that_another_hand_took_away_does_not_stop_those_behind_it(
+    broker: Broker, archived_only: bool
+) -> None:
+    ready_packs(broker, "a", "b", "c", "d", ranks=[0, 1, 0, 1])
+    learner = a_learner(broker, archived_only=archived_only)
+    for step in (0, 1):
+        assert learner.claim_step(optimizer_step=step, scheduled_kind="B", policy_version=0) is not None
+    last = list(read_events(broker))[-1].event_id
+    broker.client.hset(broker.keys.named("archive"), "cursor", last)
+    broker.client.delete(broker.keys.named("claim:0"))
+
+    learner.settle_checkpoint(optimizer_step=2)
+
+    status = read_status(broker, 2)
+    assert (status.open_claims, status.total("settled_segments"), status.total("committed_steps")) == (
+        0,
+        2,
+        1,
+    )
