@@ -138,6 +138,7 @@ def _assemble(
         assistant_payload=record.assistant_payload,
         response_tail_ids=np.asarray(response[num_shared:], dtype=np.int32),
         num_response_tokens=len(response),
+        producer=record.producer,
     )
 
 

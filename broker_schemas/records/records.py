@@ -248,6 +248,7 @@ class MatchedSegment:
     assistant_payload: tuple[GroundTruthObject, ...] = ()
     response_tail_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     num_response_tokens: int = 0
+    producer: str = ""
 
     @property
     def response_token_ids(self) -> NDArray[np.int32]:
@@ -286,6 +287,8 @@ class MatchedSegment:
                 "assistant_payload": [item.to_body() for item in self.assistant_payload],
                 "response_tail_ids": codec.encode_array(self.response_tail_ids, "<i4"),
                 "num_response_tokens": self.num_response_tokens,
+                # a body of channel A, or of an earlier release, has no producer: its bytes stay as they were
+                **({"producer": self.producer} if self.producer else {}),
             }
         )
 
@@ -328,6 +331,7 @@ class MatchedSegment:
             ),
             response_tail_ids=read.token_ids("response_tail_ids"),
             num_response_tokens=read.integer("num_response_tokens", low=0, default=0),
+            producer=read.text("producer", default="", empty_allowed=True),
         )
         segment.check(where)
         return segment

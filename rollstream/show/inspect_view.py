@@ -213,10 +213,9 @@ def _policy(inspection: Inspection) -> str:
 
 
 def _origin(segment: SegmentRecord) -> str:
-    """Say who wrote a rollout and when, as far as it is known: a training segment keeps the time alone."""
-    known = (
-        [f"{segment.producer}, {segment.generation_ms} ms, seed {segment.seed}"] if segment.producer else []
-    )
+    """Say who wrote a rollout and when, as far as it is known: a training segment keeps name and time."""
+    known = [segment.producer] if segment.producer else []
+    known += [f"{segment.generation_ms} ms, seed {segment.seed}"] if segment.generation_ms else []
     known += [f"written {started(segment.generated_at_ms)}"] if segment.generated_at_ms else []
     return ", ".join(known) or "–"
 

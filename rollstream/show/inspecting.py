@@ -51,6 +51,7 @@ def rollout_of(segment: MatchedSegment) -> SegmentRecord:
         prompt_token_ids=segment.token_ids[: segment.prompt_length],
         response_token_ids=segment.response_token_ids,
         optimizer_step=segment.optimizer_step,
+        producer=segment.producer,
         generated_at_ms=segment.generated_at_ms,
     )
 

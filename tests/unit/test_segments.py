@@ -23,6 +23,7 @@ from consumers.parsing import parse_rollout
 from consumers.record_matching import MatcherTools, match_record
 from consumers.segments import SegmentVocabulary, build_segment
 from consumers.token_bytes import token_bytes_of
+from rollstream.show.inspecting import rollout_of
 from tests.builders.rollouts import make_rollout, make_tools
 from tests.builders.settings import match_settings
 from tests.builders.tokenizers import (
@@ -248,3 +249,15 @@ def test_a_tokenizer_that_cannot_write_the_fragment_is_refused() -> None:
     parsed = parse_rollout([], tokenizer, vocabulary)
     with pytest.raises(FragmentNotEncoded, match="does not give back"):
         encode_fragment(parsed, [make_box()], tokenizer, vocabulary)
+
+
+def test_a_segment_keeps_who_wrote_its_rollout_and_one_without_a_name_keeps_its_bytes() -> None:
+    named = built(make_rollout(producer="run-producer-0", generation_ms=840, seed=3))
+    nameless = built(make_rollout())
+
+    again = MatchedSegment.decode_body(named.encode_body())
+
+    assert (again.producer, again.generated_at_ms) == ("run-producer-0", 7)
+    assert rollout_of(again).producer == "run-producer-0"
+    assert b"producer" not in nameless.encode_body(), "older programs wrote the same bytes"
+    assert MatchedSegment.decode_body(nameless.encode_body()).producer == ""
