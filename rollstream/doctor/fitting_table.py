@@ -8,7 +8,7 @@ from typing import Final
 
 from configs import RunConfig
 from rollstream.doctor.memory import measure_row, memory_sizes, row_patches
-from rollstream.doctor.memory_plan import GB, plan_memory
+from rollstream.doctor.memory_plan import GB, MemorySizes, plan_memory
 from rollstream.models.model_shape import shape_of_config
 from rollstream.models.named_sizes import named_config, sizes_named
 
@@ -19,7 +19,10 @@ GPU_GB: Final = (24, 48, 80)
 
 @dataclass(frozen=True, kw_only=True)
 class FittingRow:
-    """What a full packed row takes at one size: ``kept`` until its loss, ``passing`` at most on top of it."""
+    """What a full packed row takes at one size: ``kept`` until its loss, ``passing`` at most on top of it.
+
+    Both to the 10 MB that are shown, so that the rest of a line follows from what stands in it.
+    """
 
     size: str
     kept: int
@@ -38,8 +41,8 @@ def measure_rows(config: RunConfig, sizes: Sequence[str] = PUBLISHED) -> list[Fi
         rows.append(
             FittingRow(
                 size=size,
-                kept=cost.kept_bytes(tokens, patches),
-                passing=cost.passing_bytes(tokens, patches, positions),
+                kept=round(cost.kept_bytes(tokens, patches), -7),
+                passing=round(cost.passing_bytes(tokens, patches, positions), -7),
             )
         )
     return rows
@@ -59,15 +62,15 @@ def render_fitting(config: RunConfig, rows: Sequence[FittingRow]) -> str:
         f"|---|{'---|' * (2 + len(heads))}",
     ]
     for row in rows:
-        cells = [_cell(config, row, number) for number in NUM_GPUS]
+        shape = shape_of_config(named_config(sizes_named(row.size)))
+        sizes = memory_sizes(config, shape, row_bytes=row.kept, passing_bytes=row.passing)
+        cells = [_cell(sizes, number) for number in NUM_GPUS]
         gigabytes = f"{row.kept / GB:.2f} | {row.passing / GB:.2f}"
         lines.append(f"| {row.size} | {gigabytes} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(config: RunConfig, row: FittingRow, num_gpus: int) -> str:
-    shape = shape_of_config(named_config(sizes_named(row.size)))
-    sizes = memory_sizes(config, shape, row_bytes=row.kept, passing_bytes=row.passing)
+def _cell(sizes: MemorySizes, num_gpus: int) -> str:
     plan = plan_memory(replace(sizes, num_sharing=num_gpus))
     holding = [str(gigabytes) for gigabytes in GPU_GB if plan.fits(int(gigabytes * GB))]
     return f"{plan.rank / GB:.1f} ({holding[0] if holding else '–'})"

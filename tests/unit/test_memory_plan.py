@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from broker_schemas.errors import ConfigError, DataError
+from configs import load_config
 from learner.packed_forward import position_rule_of
 from rollstream.commands.program import app
 from rollstream.doctor import memory
+from rollstream.doctor.fitting_table import FittingRow, render_fitting
 from rollstream.doctor.memory_meter import MemoryMeter, measure_peak
 from rollstream.doctor.memory_plan import MemorySizes, Remedy, advice, plan_memory
 from rollstream.doctor.row_probe import PROBE_FIRST_COORDINATE, Line, RowCost, probe_row
@@ -180,6 +183,26 @@ def test_the_command_prints_a_table_and_ends_with_1_where_it_does_not_fit(
     unknown = run(app, ["doctor", str(path), "--memory"])
     assert isinstance(unknown.exception, ConfigError)
     assert "--size 2B" in str(unknown.exception)
+
+
+TABLE_LINE = re.compile(r"\| (2B|4B|8B) \| ([\d.]+) \| ([\d.]+) \| (.*) \|")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.req("L-12", "L-14")
+@pytest.mark.parametrize(
+    "recipe, title", [("photos", "| all weights |"), ("photos_lora", "| LoRA rank 16 |")]
+)
+def test_the_table_of_what_fits_where_is_that_of_the_command(recipe: str, title: str) -> None:
+    config = load_config(ROOT / "configs" / "recipes" / f"{recipe}.yaml")
+    page = (ROOT / "docs" / "MODELS.md").read_text(encoding="utf-8")
+    written = title + page.partition(title)[2].partition("\n\n")[0]
+    rows = [
+        FittingRow(size=size, kept=round(float(kept) * 1e9), passing=round(float(passing) * 1e9))
+        for size, kept, passing, _ in TABLE_LINE.findall(written)
+    ]
+    assert [row.size for row in rows] == ["2B", "4B", "8B"]
+    assert render_fitting(config, rows) == written.strip()
 
 
 def test_the_table_wants_no_choice_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
