@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,11 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def check_files(paths: Iterable[str | os.PathLike[str]]) -> list[FileReport]:
-    """Check each file by itself, in the order given; never raises for what a file contains."""
+def check_files(paths: Iterable[str | os.PathLike[str]], overrides: Sequence[str] = ()) -> list[FileReport]:
+    """Check each file by itself, with the overrides, in the order given; never raises for its content."""
     reports = []
     for path in paths:
-        _, problems = read_config(path)
+        _, problems = read_config(path, overrides)
         file = str(Path(path))
         reports.append(FileReport(file=file, problems=tuple(problem_lines(file, problems))))
     return reports

@@ -18,13 +18,14 @@ app = typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)
 @app.command()
 def check(
     files: Annotated[list[Path], typer.Argument(help="YAML files")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="a.b.c=value")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Check configuration files; all problems of a file in one report."""
     from configs import show
 
     console = Console(soft_wrap=True, highlight=False)
-    reports = show.check_files(files)
+    reports = show.check_files(files, overrides or ())
     if as_json:
         rows = [
             {

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from broker_schemas.method.model_folder import NEEDED_FILES
 from configs import RunConfig
 from learner.checkpoints import latest_checkpoint
 from rollstream.evaluation.evaluation import Evaluation, Evaluator, write_evaluation
@@ -25,7 +26,9 @@ def evaluate_run(
     folder = access.run_folder(config)
     checkpoint = latest_checkpoint(folder.checkpoints_dir)
     chosen = model or checkpoint or access.model_dir(config)
-    evaluator = Evaluator(config, num_samples=num_samples)
+    # a model that was made elsewhere is asked with its own tokenizer
+    own = model if model and all((model / name).is_file() for name in NEEDED_FILES) else None
+    evaluator = Evaluator(config, num_samples=num_samples, companions=own)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(escape(f"evaluating {chosen}"), total=None)
         evaluation = evaluator.evaluate_folder(

@@ -58,11 +58,13 @@ class Evaluation:
 class Evaluator:
     """Evaluates models on one data set with the settings of one run."""
 
-    def __init__(self, config: RunConfig, *, num_samples: int | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, *, num_samples: int | None = None, companions: Path | None = None
+    ) -> None:
         if config.data.val_jsonl is None:
             raise ConfigError("data.val_jsonl: not set, expected the validation set to evaluate on")
         self._config = config
-        folder = access.model_dir(config)
+        folder = companions or access.model_dir(config)
         limit = num_samples or config.evaluation.num_samples
         self._samples: Sequence[Sample] = read_samples(config, config.data.val_jsonl)[:limit]
         self._prompts = access.prompt_builder(config, folder)

@@ -78,6 +78,15 @@ def test_check_files_reports_each_file_by_itself(tmp_path: Path) -> None:
     assert "no such file" in reports[2].problems[0]
 
 
+def test_check_files_takes_overrides_as_the_commands_that_run_them_do(tmp_path: Path) -> None:
+    good = write_file(tmp_path, make_mapping(), "good.yaml")
+
+    (report,) = check_files([good], ["run.seed=-1"])
+
+    assert "run.seed: got -1" in report.problems[0]
+    assert check_files([good], ["run.seed=1"])[0].is_ok
+
+
 def test_every_key_has_a_description_of_one_line() -> None:
     for key in schema_keys():
         if key.section is None:

@@ -188,6 +188,19 @@ def test_missing_parts_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "missing:" in terminal_text(folder)
 
 
+def test_a_run_of_ground_truth_alone_is_not_said_to_lack_a_queue(tmp_path: Path) -> None:
+    folder = make_run_folder(tmp_path, num_steps=4, num_samples=3)
+    config = make_config(stage2_ab={"schedule": {"b_ratio": "0"}})
+    folder.resolved_config.write_text(json.dumps(config), encoding="utf-8")
+    for path in (folder.stack_samples, folder.audit):
+        path.unlink()
+
+    assert build_report(folder).missing == ()
+
+    folder.audit.write_bytes(b"\xff")
+    assert [item.split(":")[0] for item in build_report(folder).missing] == [str(folder.audit)]
+
+
 @pytest.mark.parametrize(
     "name",
     ["resolved.yaml", "train_log.jsonl", "stack_samples.jsonl", "evaluation-before.json", "audit.json"],

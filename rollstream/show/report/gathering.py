@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,11 @@ def build_report(run_folder: RunFolder | Path, logged: LoggedRun | None = None) 
     config = _config(folder, missing)
     logged = logged or _archived(folder, config)
     steps = latest_steps(_steps(folder, logged, missing))
-    samples = _samples(folder, logged, missing)
-    evaluations = _evaluations(folder, config, missing)
     b_ratio = _b_ratio(config)
+    # a run of A steps alone has no queue: nobody sampled it, and there are no sums
+    of_queue = missing if b_ratio is None or Fraction(b_ratio) > 0 else []
+    samples = _samples(folder, logged, missing if folder.stack_samples.exists() else of_queue)
+    evaluations = _evaluations(folder, config, missing)
     times = [value for row in (*samples, *steps) if (value := number(row, "time_ms")) is not None]
     return ReportData(
         run_name=str(config_value(config, "run", "name", default=folder.name)),
@@ -54,7 +57,7 @@ def build_report(run_folder: RunFolder | Path, logged: LoggedRun | None = None) 
         steps=tuple(steps),
         samples=tuple(samples),
         evaluations=evaluations,
-        audit=_audit(folder, missing),
+        audit=_audit(folder, missing if folder.audit.exists() else of_queue),
         audit_note=_audit_note(folder, steps),
         missing=tuple(missing),
     )
