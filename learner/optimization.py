@@ -76,9 +76,7 @@ def _max_steps_at(optimizer_step: int, settings: OptimizationSettings) -> int:
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], settings: OptimizationSettings
 ) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; weight decay is
-    for matrices only, not for norms and biases.
-    """
+    """Return AdamW over the trainable parameters; only matrices decay, not norms and biases."""
     by_share: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:

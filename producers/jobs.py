@@ -274,6 +274,15 @@ class RolloutWorker(SimpleWorker):  # type: ignore[misc]
         """Say that the worker is there, once the broker takes it."""
         self._patiently(super().register_birth)
 
+    def subscribe(self) -> None:
+        """Listen to the worker's channel, once the broker is there."""
+        self._patiently(super().subscribe)
+
+    def set_state(self, *args: Any, **kwargs: Any) -> None:
+        """Note what the worker does, for those who look; nothing depends on it."""
+        with suppress(redis.exceptions.RedisError):
+            super().set_state(*args, **kwargs)
+
     def register_death(self) -> None:
         """Say that the worker is gone; where nobody hears it, its key ends by itself."""
         with suppress(redis.exceptions.RedisError):

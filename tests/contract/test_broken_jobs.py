@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -262,6 +263,32 @@ def test_a_worker_waits_out_a_server_that_takes_no_writes(
 
         assert producer.ran == ["r-1", "r-2"]
         broker.close()
+
+
+@pytest.mark.req("O-5", "Q-4")
+def test_a_worker_whose_connection_is_reset_while_it_begins_takes_its_job(
+    queue: RolloutQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reset: list[str] = []
+
+    def once(name: str, act: Any) -> Any:
+        def acting(*words: Any, **named: Any) -> Any:
+            if name not in reset and (name != "hset" or words[1:2] == ("state",)):
+                reset.append(name)
+                raise redis.exceptions.ConnectionError("reset by peer")
+            return act(*words, **named)
+
+        return acting
+
+    enqueue_request(queue, a_request("r-1"), attempt=1, job_timeout_s=60)
+    for name in ("pubsub", "hset"):
+        monkeypatch.setattr(queue.connection, name, once(name, getattr(queue.connection, name)))
+    producer = FakeProducer()
+    monkeypatch.setitem(jobs._PRODUCERS, "this", producer)  # type: ignore[arg-type]
+
+    a_worker(queue).work(burst=True, logging_level="CRITICAL", with_scheduler=False)
+
+    assert (reset, producer.ran) == (["pubsub", "hset"], ["r-1"])
 
 
 @pytest.mark.req("Q-1")
