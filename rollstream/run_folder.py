@@ -32,7 +32,7 @@ class RunFolder:
             raise ConfigError(f"run folder {path}: got a file, expected the folder of a run (runs/<name>)")
         folder = cls(path)
         known = (folder.resolved_config, folder.train_log, folder.stack_samples, folder.logs_dir)
-        if not any(item.exists() for item in known):
+        if not any(item.exists() for item in known) and not folder.evaluations():
             raise ConfigError(
                 f"run folder {path}: holds none of {', '.join(item.name for item in known)}; "
                 "give the folder of one run (runs/<name>), not the one above or below it"

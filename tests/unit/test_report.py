@@ -344,6 +344,18 @@ def test_the_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     assert not [item for item in folder.path.iterdir() if item.name.endswith(".part")]
 
 
+def test_a_folder_that_an_evaluation_alone_made_has_a_report(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "only")
+    folder.path.mkdir()
+    evaluation = make_evaluation("start", [make_example(make_image(tmp_path / "a.png"))])
+    folder.evaluation("start").write_text(json.dumps(evaluation), encoding="utf-8")
+
+    data = build_report(folder.path)
+
+    assert [item.label for item in data.evaluations] == ["start"]
+    assert any("train_log.jsonl" in item for item in data.missing)
+
+
 def test_a_wrong_path_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not found"):
         write_report(tmp_path / "nowhere")
