@@ -329,7 +329,7 @@ def test_only_the_learner_claims_and_settles_steps(
 def test_only_the_learner_publishes_a_policy(
     server: GuardedServer, brokers: dict[Role, Broker], role: Role
 ) -> None:
-    if not server.is_fine and role in ("producer", "dispatcher", "packer"):
+    if not server.is_fine and role in ("producer", "dispatcher", "packer", "evaluator"):
         pytest.skip(COARSE)
     with pytest.raises(BrokerRefused, match="this user may not do that"):
         publish_policy(brokers[role], policy_version=9, optimizer_step=9, weights_path="/evil")
