@@ -188,19 +188,6 @@ def test_missing_parts_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "missing:" in terminal_text(folder)
 
 
-def test_a_run_of_ground_truth_alone_is_not_said_to_lack_a_queue(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path, num_steps=4, num_samples=3)
-    config = make_config(stage2_ab={"schedule": {"b_ratio": "0"}})
-    folder.resolved_config.write_text(json.dumps(config), encoding="utf-8")
-    for path in (folder.stack_samples, folder.audit):
-        path.unlink()
-
-    assert build_report(folder).missing == ()
-
-    folder.audit.write_bytes(b"\xff")
-    assert [item.split(":")[0] for item in build_report(folder).missing] == [str(folder.audit)]
-
-
 @pytest.mark.parametrize(
     "name",
     ["resolved.yaml", "train_log.jsonl", "stack_samples.jsonl", "evaluation-before.json", "audit.json"],
@@ -342,18 +329,6 @@ def test_the_report_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     assert first.startswith("<!DOCTYPE html>")
     assert path.read_text(encoding="utf-8") == first
     assert not [item for item in folder.path.iterdir() if item.name.endswith(".part")]
-
-
-def test_a_folder_that_an_evaluation_alone_made_has_a_report(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "only")
-    folder.path.mkdir()
-    evaluation = make_evaluation("start", [make_example(make_image(tmp_path / "a.png"))])
-    folder.evaluation("start").write_text(json.dumps(evaluation), encoding="utf-8")
-
-    data = build_report(folder.path)
-
-    assert [item.label for item in data.evaluations] == ["start"]
-    assert any("train_log.jsonl" in item for item in data.missing)
 
 
 def test_a_wrong_path_is_one_clear_error(tmp_path: Path) -> None:
