@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 
 from broker_schemas.errors import ConfigError
-from rollstream.commands.help_pages import PlainGroup
+from rollstream.commands.help_pages import command_group
 from rollstream.commands.options import AsJson, Overrides, Seed
 
-app = typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)
+app = command_group()
 Quick = Annotated[bool, typer.Option(help="a short look instead of a measurement")]
 
 

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rollstream.commands.help_pages import PlainGroup
+from rollstream.commands.help_pages import command_group
 from rollstream.commands.loading import load_run
 
-app = typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)
+app = command_group()
 
 
 @app.command()

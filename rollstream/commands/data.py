@@ -10,14 +10,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from rollstream.commands.help_pages import PlainGroup
+from rollstream.commands.help_pages import command_group
 from rollstream.commands.options import AsJson, ConfigPath, Overrides, Seed
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-data_app = typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)
-model_app = typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)
+data_app = command_group()
+model_app = command_group()
 Destination = Annotated[Path, typer.Argument(help="folder to write")]
 
 

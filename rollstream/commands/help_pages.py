@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import typer
 from typer.core import TyperGroup
 
 
@@ -16,3 +17,8 @@ class PlainGroup(TyperGroup):
         rows = [(name, command.get_short_help_str(limit=400)) for name, command in known if command]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+def command_group() -> typer.Typer:
+    """Return a group of commands whose help, and theirs, is plain."""
+    return typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from broker_schemas.errors import ConfigError
-from rollstream.commands.help_pages import PlainGroup
+from rollstream.commands.help_pages import command_group
 from rollstream.commands.options import ConfigPath, Overrides
 
-serve_app = typer.Typer(cls=PlainGroup, rich_markup_mode=None, no_args_is_help=True)
+serve_app = command_group()
 Index = Annotated[int | None, typer.Option(help="start this server alone, counted from 0")]
 Host = Annotated[str | None, typer.Option(help="interface to listen on; default as base_url says")]
 Gpus = Annotated[str | None, typer.Option(help="GPU numbers such as 0,1 instead of devices.rollout_gpus")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from configs import RunConfig
-from rollstream.doctor.memory import measure_row, memory_sizes, row_patches
+from rollstream.doctor.memory import loss_positions, measure_row, memory_sizes, row_patches
 from rollstream.doctor.memory_plan import GB, MemorySizes, plan_memory
 from rollstream.models.model_shape import shape_of_config
 from rollstream.models.named_sizes import named_config, sizes_named
@@ -37,12 +37,11 @@ def measure_rows(config: RunConfig, sizes: Sequence[str] = PUBLISHED) -> list[Fi
         tokens = config.training.global_max_length
         patches = row_patches(config, model_config, tokens)
         cost = measure_row(config, model_config)
-        positions = config.training.loss_chunk_positions or tokens // 2
         rows.append(
             FittingRow(
                 size=size,
                 kept=round(cost.kept_bytes(tokens, patches), -7),
-                passing=round(cost.passing_bytes(tokens, patches, positions), -7),
+                passing=round(cost.passing_bytes(tokens, patches, loss_positions(config)), -7),
             )
         )
     return rows

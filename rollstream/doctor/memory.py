@@ -54,13 +54,12 @@ def examine_memory(
     cost = measure_row(config, model_config)
     tokens = training.global_max_length
     patches = row_patches(config, model_config, tokens)
-    positions = training.loss_chunk_positions or tokens // 2
     plan = plan_memory(
         memory_sizes(
             config,
             shape,
             row_bytes=cost.kept_bytes(tokens, patches),
-            passing_bytes=cost.passing_bytes(tokens, patches, positions),
+            passing_bytes=cost.passing_bytes(tokens, patches, loss_positions(config)),
         )
     )
     device_bytes, rate = _device_bytes(config, gpu_gb), _write_rate(access.run_folder(config).path)
@@ -87,6 +86,11 @@ def examine_memory(
 def measure_row(config: RunConfig, model_config: Any) -> RowCost:
     """Return what rows of ``config`` cost with the model of ``model_config``; measured, see RowCost."""
     return probe_row(model_config, _practice(config))
+
+
+def loss_positions(config: RunConfig) -> int:
+    """Return how many positions of a full row have their logits at one time; half of it is supervised."""
+    return config.training.loss_chunk_positions or config.training.global_max_length // 2
 
 
 def _practice(config: RunConfig) -> PracticeSettings:

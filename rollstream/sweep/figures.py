@@ -127,11 +127,13 @@ def _plot(
     ticks, lines = lines_of(block, numbers, measure.value)
     if not lines:
         return Plot(title=measure.title, note="no cell with this number yet")
+    _, spreads = lines_of(block, numbers, measure.spread_of)
+    bars = {spread.name: dict(zip(spread.places, spread.values, strict=True)) for spread in spreads}
     figure, axes = new_figure()
     style = "-" if block.is_product else ""
     for index, line in enumerate(lines):
         colour = SERIES[index % len(SERIES)]
-        _draw_spread(axes, block, numbers, measure, index)
+        _draw_spread(axes, line, bars.get(line.name, {}), index)
         axes.plot(
             line.places,
             line.values,
@@ -153,26 +155,20 @@ def _plot(
     )
 
 
-def _draw_spread(
-    axes: Axes, block: Block, numbers: Mapping[str, CellNumbers], measure: Measure, index: int
-) -> None:
-    """Draw how far each value is known as a bar through it, where that is known."""
+def _draw_spread(axes: Axes, line: Line, bars: Mapping[int, float], index: int) -> None:
+    """Draw how far each value of ``line`` is known as a bar through it, where ``bars`` knows, by place."""
     drawn: Any = axes
-    _, bars = lines_of(block, numbers, measure.spread_of)
-    _, values = lines_of(block, numbers, measure.value)
-    value_at = dict(zip(values[index].places, values[index].values, strict=True))
-    bar_at = {
-        place: bar
-        for line in bars
-        if line.name == values[index].name
-        for place, bar in zip(line.places, line.values, strict=True)
-        if place in value_at
-    }
-    if bar_at:
+    known = [
+        (place, value, bars[place])
+        for place, value in zip(line.places, line.values, strict=True)
+        if place in bars
+    ]
+    if known:
+        places, values, halves = zip(*known, strict=True)
         drawn.errorbar(
-            list(bar_at),
-            [value_at[place] for place in bar_at],
-            yerr=list(bar_at.values()),
+            places,
+            values,
+            yerr=halves,
             fmt="none",
             ecolor=SERIES[index % len(SERIES)],
             elinewidth=1.2,
